@@ -1,0 +1,13 @@
+"""Ways to compute "cast both operands, multiply". One file a backend; fastest first, which is auto's order.
+
+A backend is a module with
+    supports(recipe, device) -> str | None    why it can't run the recipe there; None if it can
+    exactness(recipe) -> str                  "exact", or what it rounds beyond the recipe
+    cast(x, cast, keep) -> operand            x [M, K] quantized along K; keep=True: as small as can be, to save
+    multiply(a, b, dtype, bias) -> Tensor     [M, K] @ [N, K].T -> [M, N]
+An operand is a dataclass of tensors and, last, its cast; `tensors` gives the former.
+"""
+
+from hf_nvfp4.backends import bf16, reference
+
+BACKENDS = {"bf16": bf16, "reference": reference}

@@ -1,0 +1,131 @@
+"""Backend `bf16`: exact emulation by BF16 products with FP32 accumulation, on the CPU and any GPU since Ampere.
+
+An E2M1 element times its E4M3 block scale has at most 6 significant bits and BF16 holds 8, so the operands
+are exact and every product is the one that FP4 tensor cores compute; only the order of summation differs.
+The tensor scales multiply the FP32 result. Formats with FP32 block scales are rounded to BF16, and say so.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_nvfp4.formats import BlockFormat, Element
+from hf_nvfp4.recipes import Cast, Recipe
+from hf_nvfp4.reference import QuantizedTensor, pack, prepare, quantize_rows
+
+
+@dataclass
+class Operand:
+    """values: BF16 [M, K], element × block scale; scale: FP32 scalar or [M, 1] above them, or None for 1."""
+
+    values: Tensor
+    scale: Tensor | None
+    cast: Cast
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a later `Operand(*tensors, cast)` is made of."""
+        return self.values, self.scale
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """[M, K] with the scale multiplied out, in dtype."""
+        values = self.values.to(dtype)
+        return values if self.scale is None else values * self.scale.to(dtype)
+
+
+def supports(recipe: Recipe, device: torch.device) -> str | None:
+    """Any recipe, on the CPU and on GPUs that multiply BF16."""
+    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device)[0] < 8:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"needs compute capability 8.0 (Ampere) for BF16; this GPU is {major}.{minor}"
+    return None
+
+
+def _exact(fmt: BlockFormat) -> bool:
+    significant = fmt.element.mantissa_bits + 1
+    if isinstance(fmt.scale, Element):
+        significant += fmt.scale.mantissa_bits + 1
+    return fmt.scale != "float32" and significant <= 8
+
+
+def exactness(recipe: Recipe) -> str:
+    """Whether element × block scale fits BF16 for every cast of the recipe."""
+    inexact = sorted({c.format for c in recipe.casts if not _exact(c.block_format)})
+    return f"{', '.join(inexact)} operands rounded to BF16" if inexact else "exact"
+
+
+def cast(x: Tensor, cast: Cast, keep: bool = False) -> Operand | QuantizedTensor:
+    """x [M, K] as BF16 values and a scale; packed codes and scales if it is to be kept."""
+    if cast.block_format.high_precision and cast.rounding == "nearest":
+        return Operand(x.to(cast.block_format.element.dtype), None, cast)
+    x, amax, seed = prepare(x, cast)
+    rows = _rows_at_once(x)
+    keep = keep and not cast.block_format.high_precision
+    parts = []
+    for first in range(0, x.shape[0], rows):
+        part_amax = amax[first : first + rows] if cast.outer == "row" else amax
+        blocks = quantize_rows(x[first : first + rows], part_amax, seed, cast, first)
+        if keep:
+            parts.append(pack(blocks, cast))
+        else:
+            parts.append(Operand(blocks.values().to(torch.bfloat16), blocks.tensor_scale, cast))
+    return _concatenate(parts)
+
+
+def _rows_at_once(x: Tensor) -> int:
+    """All rows on a GPU and in a compiled graph; on the CPU as many as stay in its cache through all passes."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x.shape[0]
+    return max(128, 2**19 // x.shape[1] // 128 * 128)
+
+
+def _concatenate(parts: list):
+    """One operand of the parts' rows; a scale that is not per row is the same in all."""
+    if len(parts) == 1:
+        return parts[0]
+    columns = zip(*(part.tensors for part in parts), strict=True)
+    joined = [c[0] if c[0] is None or c[0].dim() == 0 else torch.cat(c) for c in columns]
+    return type(parts[0])(*joined, parts[0].cast)
+
+
+def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """[M, K] @ [N, K].T, accumulated in FP32, scaled, the bias added, rounded once to dtype."""
+    a, b = _unpacked(a), _unpacked(b)
+    if a.scale is None and b.scale is None and bias is None and dtype == torch.bfloat16:
+        return a.values @ b.values.T
+    product = _matmul_fp32(a.values, b.values)
+    if a.scale is not None:
+        product = product * a.scale
+    if b.scale is not None:
+        product = product * (b.scale.T if b.scale.dim() else b.scale)
+    return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def _unpacked(operand: Operand | QuantizedTensor) -> Operand:
+    if isinstance(operand, Operand):
+        return operand
+    return Operand(operand.values().to(torch.bfloat16), operand.tensor_scale, operand.cast)
+
+
+def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """BF16 [M, K] @ [N, K].T -> FP32 [M, N]."""
+    if a.device.type == "cuda":
+        return torch.mm(a, b.T, out_dtype=torch.float32)
+    if torch.compiler.is_compiling():
+        return a.float() @ b.float().T
+    with _bf16_products():
+        return a.float() @ b.float().T
+
+
+@contextmanager
+def _bf16_products():
+    """Let oneDNN multiply FP32 operands as BF16 where the CPU can: ours are BF16 values, so nothing is lost."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,32 @@
+"""Backend `reference`: dequantize, multiply in float64. Slow, on any device, the yardstick for the others."""
+
+import torch
+from torch import Tensor
+
+from hf_nvfp4.backends.bf16 import Operand
+from hf_nvfp4.recipes import Cast, Recipe
+from hf_nvfp4.reference import QuantizedTensor, pack, quantize_blocks
+
+
+def supports(recipe: Recipe, device: torch.device) -> str | None:
+    """Everything, everywhere (but float64 is missing on Apple's GPUs)."""
+    return "needs float64, which MPS has not" if device.type == "mps" else None
+
+
+def exactness(recipe: Recipe) -> str:
+    """The definition of correct."""
+    return "exact"
+
+
+def cast(x: Tensor, cast: Cast, keep: bool = False) -> QuantizedTensor | Operand:
+    """x [M, K] as packed codes and scales."""
+    blocks = quantize_blocks(x, cast)
+    if cast.block_format.high_precision:
+        return Operand(blocks.values().to(cast.block_format.element.dtype), None, cast)
+    return pack(blocks, cast)
+
+
+def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """[M, K] @ [N, K].T in float64, rounded once to dtype."""
+    product = a.dequantize(torch.float64) @ b.dequantize(torch.float64).T
+    return (product if bias is None else product + bias.double()).to(dtype)

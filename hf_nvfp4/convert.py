@@ -1,0 +1,194 @@
+"""Which layers of a model are converted and why, and the conversion itself. A layer's numerics are linear.py's."""
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from hf_nvfp4.gemm import backend_name, check_backend
+from hf_nvfp4.linear import NVFP4Linear, quantized_linears, unsuitable
+from hf_nvfp4.recipes import Recipe, check_block_count
+
+# Subclasses of nn.Linear whose own forward computes the same thing.
+_LINEAR_FORWARDS = ("FalconLinear",)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was done with one linear layer (or one module of fused experts), by name, and the reason."""
+
+    name: str
+    converted: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What decides which layers are converted.
+
+    skip: patterns of module names to keep in high precision; each is compared, component by component and
+        with shell wildcards, with every run of components of a name ("layers.1" is not "layers.11").
+    keep_bf16_first, keep_bf16_last: blocks at either end to keep: a count (int) or a fraction (float).
+    """
+
+    recipe: Recipe
+    backend: str = "auto"
+    skip: tuple[str, ...] = ()
+    keep_bf16_first: int | float = 0
+    keep_bf16_last: int | float = 0
+
+    def __post_init__(self):
+        check_backend(self.backend)
+        check_block_count("keep_bf16_first", self.keep_bf16_first)
+        check_block_count("keep_bf16_last", self.keep_bf16_last)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the pattern's components match a run of the name's: "mlp.*" fits "layers.0.mlp.up_proj"."""
+    wanted, parts = pattern.split("."), name.split(".")
+    runs = (parts[i : i + len(wanted)] for i in range(len(parts) - len(wanted) + 1))
+    return any(all(fnmatchcase(p, w) for p, w in zip(run, wanted, strict=True)) for run in runs)
+
+
+def decide(model: nn.Module, choice: Choice) -> list[Decision]:
+    """A decision for every linear layer of the model, in the model's order. Changes nothing.
+
+    Raises:
+        ValueError: a skip pattern that matches no linear layer, a model without linears, or nothing to convert.
+    """
+    candidates = {name: module for name, module in model.named_modules() if _is_linear_like(module)}
+    if not candidates:
+        raise ValueError(f"{type(model).__name__} has no linear layers; hf_nvfp4 converts nn.Linear modules")
+    for pattern in choice.skip:
+        if not any(matches(pattern, name) for name in candidates):
+            examples = ", ".join(list(candidates)[:8])
+            raise ValueError(
+                f"skip pattern {pattern!r} matches none of the {len(candidates)} linear layers; their names are "
+                f"like {examples}. Patterns match whole components, with * and ? as wildcards."
+            )
+    heads = _output_heads(model)
+    blocks = _block_positions(model, candidates)
+    decisions = []
+    for name, module in candidates.items():
+        reason = (
+            ("output head" if module in heads else None)
+            or _unconvertible(name, module)
+            or _kept_by_user(name, choice)
+            or _kept_block(blocks.get(name), choice)
+        )
+        decisions.append(Decision(name, reason is None, reason or f"recipe {choice.recipe.name}"))
+    if not any(d.converted for d in decisions):
+        raise ValueError(f"nothing to convert: {summary(decisions)}")
+    return decisions
+
+
+def _is_linear_like(module: nn.Module) -> bool:
+    fused = type(module).__name__.endswith("Experts") and any(p.dim() == 3 for p in module.parameters(recurse=False))
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or fused
+
+
+def _output_heads(model: nn.Module) -> set[nn.Module]:
+    """The output head, and any linear layer that shares its weight with an embedding."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    heads = {get_head()} if get_head else set()
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return heads | {m for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in embeddings}
+
+
+def _unconvertible(name: str, module: nn.Module) -> str | None:
+    kind = type(module)
+    if any(part.startswith("lora_") for part in name.split(".")):
+        return "LoRA adapter"
+    if not isinstance(module, nn.Linear):
+        return "fused experts are not converted yet" if kind.__name__ != "Conv1D" else "Conv1D is not converted yet"
+    if kind.forward is not nn.Linear.forward and kind.__name__ not in _LINEAR_FORWARDS:
+        return f"{kind.__name__} has a forward of its own"
+    return unsuitable(module)
+
+
+def _kept_by_user(name: str, choice: Choice) -> str | None:
+    pattern = next((p for p in choice.skip if matches(p, name)), None)
+    return None if pattern is None else f"skip pattern {pattern!r}"
+
+
+def _block_positions(model: nn.Module, names) -> dict[str, tuple[int, int]]:
+    """Linear name -> (index, count) of its block: its place in the outermost ModuleList that holds it."""
+    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    positions = {}
+    for name in names:
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            if (count := lists.get(".".join(parts[:depth]))) is not None:
+                positions[name] = (int(parts[depth]), count)
+                break
+    return positions
+
+
+def _kept_block(position: tuple[int, int] | None, choice: Choice) -> str | None:
+    if position is None:
+        return None
+    index, count = position
+    first, last = (
+        round(keep * count) if isinstance(keep, float) else keep
+        for keep in (choice.keep_bf16_first, choice.keep_bf16_last)
+    )
+    if index < first:
+        return f"first {first} of {count} blocks in BF16"
+    if index >= count - last:
+        return f"last {last} of {count} blocks in BF16"
+    return None
+
+
+def summary(decisions: list[Decision]) -> str:
+    """One line: "converted 28 of 36 linears (7 linears: kept, last 1 of 5 blocks in BF16; lm_head: kept, output head)"."""
+    kept = defaultdict(list)
+    for decision in decisions:
+        if not decision.converted:
+            kept[decision.reason].append(decision.name)
+    groups = [
+        f"{', '.join(names) if len(names) < 3 else f'{len(names)} linears'}: kept, {reason}"
+        for reason, names in kept.items()
+    ]
+    line = f"converted {sum(d.converted for d in decisions)} of {len(decisions)} linears"
+    return f"{line} ({'; '.join(groups)})" if groups else line
+
+
+def convert(model: nn.Module, choice: Choice) -> list[Decision]:
+    """Decide, convert in place, print the summary. The list is also kept as `model.nvfp4_decisions`.
+
+    Raises:
+        ValueError: as `decide`; or the model is converted already; or no backend runs the recipe there.
+    """
+    if any(isinstance(module, NVFP4Linear) for module in model.modules()):
+        recipe = next(iter(quantized_linears(model).values())).recipe.name
+        raise ValueError(
+            f"this model is converted already (recipe {recipe!r}); use hf_nvfp4.use_recipe for another recipe, or "
+            "build the model anew"
+        )
+    decisions = decide(model, choice)
+    modules = dict(model.named_modules())
+    converted = [modules[d.name] for d in decisions if d.converted]
+    device = converted[0].weight.device
+    line = f"{summary(decisions)}; recipe {choice.recipe.name}"
+    if device.type != "meta":
+        line += f", backend {backend_name(choice.backend, choice.recipe, device)}"
+    for linear in converted:
+        NVFP4Linear.convert(linear, choice.recipe, choice.backend)
+    model.nvfp4_decisions = decisions
+    if os.environ.get("RANK", "0") == "0":
+        print(f"hf_nvfp4: {line}", flush=True)
+    return decisions
+
+
+def set_high_precision(model: nn.Module, gemms: str | None) -> None:
+    """Run "all" GEMMs of the converted layers in BF16, or the "forward" one, or (None) the recipe as it is.
+
+    The choice is written into `model.config.quantization_config`, so that a checkpoint saved now says so.
+    """
+    for linear in quantized_linears(model).values():
+        linear.set_recipe(linear.recipe, high_precision=gemms)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is not None:
+        config.high_precision = gemms

@@ -1,0 +1,92 @@
+"""What bits mean: element grids and block formats. Pure data; how to round to them is reference.py.
+
+An `Element` is a small floating-point type, a `BlockFormat` says which elements share a scale and in which
+type that scale is kept. A new format is a new value in `FORMATS`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+@dataclass(frozen=True)
+class Element:
+    """A binary floating-point element with subnormals and saturation at `max`.
+
+    `dtype` is torch's type of the same bits, where it has one.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    max: float
+    dtype: torch.dtype | None = None
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code, sign included."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def min_normal(self) -> float:
+        """The smallest normal value; below it the grid is uniform."""
+        return 2.0 ** (2 - 2 ** (self.exponent_bits - 1))
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The non-negative values, ascending; the index of a value is its code without the sign bit."""
+        per_binade = 2**self.mantissa_bits
+        values = [self.min_normal * i / per_binade for i in range(per_binade)]
+        binade = self.min_normal
+        while binade <= self.max:
+            values += [binade * (1 + i / per_binade) for i in range(per_binade)]
+            binade *= 2
+        return tuple(v for v in values if v <= self.max)
+
+
+E2M1 = Element("e2m1", 2, 1, 6.0)
+E4M3 = Element("e4m3", 4, 3, 448.0, torch.float8_e4m3fn)
+E5M2 = Element("e5m2", 5, 2, 57344.0, torch.float8_e5m2)
+BF16 = Element("bf16", 8, 7, torch.finfo(torch.bfloat16).max, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """Elements, and the scales that they share.
+
+    block: elements along the contraction dimension with a scale of their own; None: none have.
+    scale: type of the block scales: an Element (then one FP32 tensor scale sits above them),
+        "float32" (nothing above them), or None (no block scales).
+    tensor_scale: whether one FP32 scale covers the whole tensor.
+    """
+
+    name: str
+    element: Element
+    block: int | None = None
+    scale: Element | str | None = None
+    tensor_scale: bool = False
+
+    @property
+    def high_precision(self) -> bool:
+        """True for a plain floating-point type, where a cast is a rounding and nothing else."""
+        return self.scale is None and not self.tensor_scale
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        # OCP E2M1 with E4M3 scales per 16 and FP32 per tensor: arXiv 2509.25149, section 2.
+        BlockFormat("nvfp4", E2M1, block=16, scale=E4M3, tensor_scale=True),
+        # The FP8 baseline of the same paper, DeepSeek-V3 style: FP32 scales, 1×128 or 128×128.
+        BlockFormat("fp8_e4m3_block", E4M3, block=128, scale="float32"),
+        # Per-tensor current scaling.
+        BlockFormat("fp8_e4m3", E4M3, tensor_scale=True),
+        BlockFormat("fp8_e5m2", E5M2, tensor_scale=True),
+        BlockFormat("bf16", BF16),
+    )
+}

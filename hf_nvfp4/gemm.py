@@ -1,0 +1,55 @@
+"""Casts an operand and multiplies two of them, on the backend that fits, or says why none does."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from hf_nvfp4.backends import BACKENDS
+from hf_nvfp4.recipes import Cast, Recipe, unknown
+
+
+def check_backend(name: str) -> None:
+    """ValueError unless `name` is a backend or "auto"."""
+    if name != "auto" and name not in BACKENDS:
+        raise unknown("backend", name, ["auto", *BACKENDS])
+
+
+def backend_name(name: str, recipe: Recipe, device: torch.device) -> str:
+    """The backend that runs `recipe` on `device`: the named one, or the first that can for "auto".
+
+    Raises:
+        ValueError: unknown name, or no backend fits; says what each one lacks.
+    """
+    check_backend(name)
+    refusals = {}
+    for candidate in BACKENDS if name == "auto" else (name,):
+        reason = BACKENDS[candidate].supports(recipe, device)
+        if reason is None:
+            return candidate
+        refusals[candidate] = reason
+    reasons = "; ".join(f"backend {candidate!r} {reason}" for candidate, reason in refusals.items())
+    fitting = [other for other, module in BACKENDS.items() if module.supports(recipe, device) is None]
+    advice = f"Use backend={fitting[0]!r}." if fitting else "Move the model to another device."
+    raise ValueError(f"recipe {recipe.name!r} does not run on {device}: {reasons}. {advice}")
+
+
+def backend_for(name: str, recipe: Recipe, device: torch.device) -> ModuleType:
+    """The module of `backend_name`."""
+    return BACKENDS[backend_name(name, recipe, device)]
+
+
+def cast(x: Tensor, backend: ModuleType, *, row: Cast | None = None, col: Cast | None = None, keep_col: bool = False):
+    """x [M, K] quantized along K by `row`, and xᵀ [K, M] along M by `col`; None where not asked for.
+
+    keep_col: return the second packed, to be saved for the backward pass.
+    """
+    return (
+        None if row is None else backend.cast(x, row),
+        None if col is None else backend.cast(x.T.contiguous(), col, keep_col),
+    )
+
+
+def multiply(a, b, backend: ModuleType, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """Operands [M, K] and [N, K] -> a @ b.T + bias [M, N] in dtype, accumulated in FP32 or better."""
+    return backend.multiply(a, b, dtype, bias)

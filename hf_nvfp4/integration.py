@@ -1,0 +1,197 @@
+"""The skin over Transformers: a quantization config and a quantizer. Nothing else subclasses its quantizers.
+
+Importing this module registers both under `nvfp4_training`. The weights stay plain Parameters under their
+own names, so Transformers need not know anything after loading: the quantizer detaches itself.
+"""
+
+import dataclasses
+
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_nvfp4.convert import Choice, Decision, convert, set_high_precision
+from hf_nvfp4.recipes import GEMM_CHOICES, Recipe, get_recipe, unknown
+
+QUANT_METHOD = "nvfp4_training"
+
+
+@register_quantization_config(QUANT_METHOD)
+class NVFP4TrainingConfig(QuantizationConfigMixin):
+    """How a model is converted; `quantization_config=` of `from_pretrained`, and part of config.json.
+
+    Args:
+        recipe: a name in `hf_nvfp4.RECIPES`, a `Recipe`, or its `to_dict()` (config.json holds the latter).
+        backend: "auto", or a name in `hf_nvfp4.backends.BACKENDS`. "auto" is what is saved, not its outcome.
+        skip: names or patterns of layers to keep in high precision, besides the output head ("mlp.down_proj",
+            "layers.0", "*.o_proj"). One that matches nothing is an error.
+        keep_bf16_first, keep_bf16_last: transformer blocks at either end to keep in BF16, as a count (int) or
+            a fraction (float in [0, 1)). None: the recipe's own.
+        high_precision: GEMMs that run in BF16 all the same: None, "all" or "forward". `PrecisionSchedule`
+            sets it, so that a checkpoint says in which precision it was being trained.
+
+    Raises:
+        ValueError: an unknown key, name or value; the message lists the known ones.
+    """
+
+    def __init__(
+        self,
+        recipe: str | dict | Recipe = "nvfp4",
+        backend: str = "auto",
+        skip: tuple[str, ...] = (),
+        keep_bf16_first: int | float | None = None,
+        keep_bf16_last: int | float | None = None,
+        high_precision: str | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown_keys,
+    ):
+        for key in unknown_keys:
+            raise unknown("key of NVFP4TrainingConfig", key, self.keys())
+        if quant_method != QUANT_METHOD:
+            raise ValueError(f"NVFP4TrainingConfig is quant_method {QUANT_METHOD!r}, not {quant_method!r}")
+        if high_precision is not None and high_precision not in GEMM_CHOICES:
+            raise unknown("choice of GEMMs for high_precision", high_precision, ["None", *GEMM_CHOICES])
+        self.quant_method = QUANT_METHOD
+        self.recipe = get_recipe(recipe)
+        self.backend = backend
+        self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
+        self.keep_bf16_first = keep_bf16_first
+        self.keep_bf16_last = keep_bf16_last
+        self.high_precision = high_precision
+        self.choice()
+
+    @staticmethod
+    def keys() -> list[str]:
+        """The settings, as they stand in config.json."""
+        return ["recipe", "backend", "skip", "keep_bf16_first", "keep_bf16_last", "high_precision"]
+
+    def choice(self) -> Choice:
+        """The settings with the recipe's defaults filled in."""
+        first, last = self.keep_bf16_first, self.keep_bf16_last
+        return Choice(
+            self.recipe,
+            self.backend,
+            self.skip,
+            self.recipe.keep_bf16_first if first is None else first,
+            self.recipe.keep_bf16_last if last is None else last,
+        )
+
+    def to_dict(self) -> dict:
+        """Plain data with the whole recipe, so that one registered here reloads where it is not."""
+        values = {key: getattr(self, key) for key in self.keys()}
+        values |= {"quant_method": QUANT_METHOD, "recipe": self.recipe.to_dict(), "skip": list(self.skip)}
+        return values
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, NVFP4TrainingConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None
+
+
+@register_quantizer(QUANT_METHOD)
+class NVFP4TrainingQuantizer(HfQuantizer):
+    """Converts the skeleton before the weights are loaded, and leaves once they are."""
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        _convert(model, self.quantization_config)
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        # A model that looks quantized is saved through the quantizer's state dict, which breaks Trainer's and
+        # FSDP2's saves; ours has nothing to add to a plain state dict.
+        model.is_quantized = False
+        if hasattr(model, "hf_quantizer"):
+            del model.hf_quantizer
+        return model
+
+    def is_serializable(self, *args, **kwargs) -> bool:
+        """Checkpoints hold the original parameters and the config."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Training is what this is for."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The weights themselves train, without adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """`torch.compile` traces through the layers."""
+        return True
+
+
+def _convert(model, config: NVFP4TrainingConfig) -> list[Decision]:
+    decisions = convert(model, config.choice())
+    if config.high_precision is not None:
+        set_high_precision(model, config.high_precision)
+    return decisions
+
+
+def quantize_model(model, config: NVFP4TrainingConfig) -> list[Decision]:
+    """Convert a model in place, as `from_pretrained(..., quantization_config=config)` would have.
+
+    For models built with `from_config`, which runs no quantizer, and for any `torch.nn.Module`.
+
+    Args:
+        model: a model on any device; its parameters keep their names, dtypes and values.
+        config: how; ends up as `model.config.quantization_config` if the model has a config.
+
+    Returns:
+        A `Decision` for every linear layer, also printed as one line.
+
+    Raises:
+        ValueError: no linear layers, none to convert, converted already, a pattern that matches nothing, or
+            no backend that runs the recipe on the model's device.
+    """
+    if not isinstance(config, NVFP4TrainingConfig):
+        raise ValueError(f"config is a {type(config).__name__}; pass hf_nvfp4.NVFP4TrainingConfig(...)")
+    decisions = _convert(model, config)
+    if hasattr(model, "config"):
+        model.config.quantization_config = config
+    return decisions
+
+
+def _reconcile(saved: NVFP4TrainingConfig, passed: NVFP4TrainingConfig) -> NVFP4TrainingConfig:
+    """The checkpoint's config, with the backend that the caller asks for; ValueError if they disagree otherwise."""
+    ignored = {"backend"} | ({"high_precision"} if passed.high_precision is None else set())
+    different = [key for key in saved.keys() if key not in ignored and getattr(saved, key) != getattr(passed, key)]
+    # The defaults of a recipe and the same numbers written out are one choice.
+    if dataclasses.replace(saved.choice(), backend="auto") == dataclasses.replace(passed.choice(), backend="auto"):
+        different = [key for key in different if key == "high_precision"]
+    if different:
+        shown = "; ".join(f"{key}: checkpoint {_show(saved, key)}, passed {_show(passed, key)}" for key in different)
+        raise ValueError(
+            f"the checkpoint has a quantization_config that differs from the one passed ({shown}). Leave "
+            "quantization_config out to load it as it was trained; or replace it on purpose: "
+            "config = AutoConfig.from_pretrained(...); config.quantization_config = NVFP4TrainingConfig(...); "
+            "from_pretrained(..., config=config)."
+        )
+    if passed.backend != "auto":
+        saved.backend = passed.backend
+    return saved
+
+
+def _show(config: NVFP4TrainingConfig, key: str) -> str:
+    value = getattr(config, key)
+    return value.name if isinstance(value, Recipe) else repr(value)
+
+
+_merge = AutoHfQuantizer.merge_quantization_configs
+
+
+def _merge_or_refuse(cls, quantization_config, quantization_config_from_args):
+    """Transformers ignores, with a warning, a config passed for a checkpoint that has one. For ours: an error."""
+    saved, passed = (
+        NVFP4TrainingConfig(**c) if isinstance(c, dict) and c.get("quant_method") == QUANT_METHOD else c
+        for c in (quantization_config, quantization_config_from_args)
+    )
+    if isinstance(saved, NVFP4TrainingConfig) and isinstance(passed, NVFP4TrainingConfig):
+        return _reconcile(saved, passed)
+    return _merge(saved, passed)
+
+
+AutoHfQuantizer.merge_quantization_configs = classmethod(_merge_or_refuse)

@@ -1,0 +1,278 @@
+"""What a training recipe is: for each of the three GEMMs of a linear layer, how each operand is cast.
+
+Pure data. To add a recipe, add one value to the list at the end of this file, or call `register_recipe`.
+
+    fprop   y  = Q(x) Q(w)ᵀ        pair (x, w),   contracted over the input features
+    dgrad   dx = Q(dy) Q(w)        pair (dy, w),  contracted over the output features
+    wgrad   dw = Q(dyᵀ) Q(xᵀ)ᵀ     pair (dy, x),  contracted over the tokens
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from hf_nvfp4.formats import FORMATS, BlockFormat
+
+ROUNDINGS = ("nearest", "stochastic")
+OUTER_SCALES = ("tensor", "row")
+GEMM_CHOICES = ("all", "forward")
+
+# What makes stochastic rounding unbiased: E4M3 rounds a block scale down by at most a factor 16/17.
+SR_HEADROOM = 17 / 16
+
+
+def unknown(kind: str, name: object, known) -> ValueError:
+    """The error for a name that nobody knows: what, what there is, and the likeliest typo."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return ValueError(f"unknown {kind} {name!r}; known: {', '.join(map(str, known))}.{hint}")
+
+
+def _from_dict(cls, values: dict, kind: str):
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            raise unknown(f"{kind} field", key, names)
+    return cls(**values)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """How one operand of a GEMM is quantized, in blocks along its contraction dimension.
+
+    format: a key of `formats.FORMATS`.
+    square: blocks of block × block elements, so that Q(w.T) == Q(w).T; else 1 × block.
+    rounding: "nearest" (ties to even) or "stochastic" (up with probability distance / step).
+    hadamard: size of the random Hadamard transform along the contraction dimension; 0: none.
+    headroom: factor on the scales. `SR_HEADROOM` makes stochastic rounding unbiased (no element
+        saturates); 1.0 is NVIDIA's choice, with a bias of about -0.3% on N(0,1).
+    outer: whether the FP32 scale above the blocks covers the "tensor" or each "row". Per-row scales do
+        not let one token's codes depend on another's: inference uses them. They are not what a native
+        NVFP4 GEMM takes.
+    """
+
+    format: str = "nvfp4"
+    square: bool = False
+    rounding: str = "nearest"
+    hadamard: int = 0
+    headroom: float = 1.0
+    outer: str = "tensor"
+
+    def __post_init__(self):
+        if self.format not in FORMATS:
+            raise unknown("format", self.format, FORMATS)
+        if self.rounding not in ROUNDINGS:
+            raise unknown("rounding", self.rounding, ROUNDINGS)
+        if self.outer not in OUTER_SCALES:
+            raise unknown("outer scale", self.outer, OUTER_SCALES)
+        if self.hadamard < 0 or self.hadamard & (self.hadamard - 1):
+            raise ValueError(f"hadamard={self.hadamard} is not a power of two (or 0 for no transform)")
+        if self.headroom < 1.0:
+            raise ValueError(f"headroom={self.headroom} is below 1: every block's largest value would saturate")
+        if self.square and self.block_format.block is None:
+            raise ValueError(f"square blocks need a format with blocks; {self.format!r} has none")
+        if self.square and (self.hadamard or self.outer == "row"):
+            raise ValueError(
+                "square blocks are the same along both dimensions; a Hadamard transform or per-row scales "
+                "along one of them are not. Use square=False."
+            )
+        if self.block_format.high_precision and (self.hadamard or self.headroom != 1.0 or self.outer == "row"):
+            raise ValueError(f"format {self.format!r} has no scales and no blocks; it takes rounding only")
+
+    @property
+    def block_format(self) -> BlockFormat:
+        """The format's definition."""
+        return FORMATS[self.format]
+
+    def __str__(self) -> str:
+        parts = [self.format]
+        if block := self.block_format.block:
+            parts.append(f"{block if self.square else 1}×{block}")
+        if self.hadamard:
+            parts.append(f"RHT-{self.hadamard}")
+        if not self.block_format.high_precision:
+            parts.append("SR" if self.rounding == "stochastic" else "RNE")
+        if self.headroom != 1.0:
+            parts.append(f"headroom {self.headroom:g}")
+        if self.outer == "row":
+            parts.append("per-row scale")
+        return " ".join(parts)
+
+
+class Gemm(NamedTuple):
+    """The casts of the two operands of one GEMM, in the order of the table at the top of this file."""
+
+    a: Cast
+    b: Cast
+
+    def __str__(self) -> str:
+        return f"{self.a} · {self.b}"
+
+
+HIGH_PRECISION = Gemm(Cast("bf16"), Cast("bf16"))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Three GEMMs, and the transformer blocks that stay in BF16 unless the user says otherwise.
+
+    keep_bf16_first, keep_bf16_last: blocks at either end; an int counts them, a float is a fraction of
+        all of them, rounded to the nearest count.
+    source: where the recipe was published.
+    """
+
+    name: str
+    fprop: Gemm
+    dgrad: Gemm
+    wgrad: Gemm
+    keep_bf16_first: int | float = 0
+    keep_bf16_last: int | float = 0
+    source: str = field(default="", compare=False)
+
+    def __post_init__(self):
+        for gemm in ("fprop", "dgrad", "wgrad"):
+            pair = Gemm(*getattr(self, gemm))
+            object.__setattr__(self, gemm, pair)
+            if pair.a.hadamard != pair.b.hadamard:
+                raise ValueError(
+                    f"recipe {self.name!r}: {gemm} rotates its operands by Hadamard {pair.a.hadamard} and "
+                    f"{pair.b.hadamard}; a rotation cancels in the product only if both have the same"
+                )
+        check_block_count("keep_bf16_first", self.keep_bf16_first)
+        check_block_count("keep_bf16_last", self.keep_bf16_last)
+
+    @property
+    def gemms(self) -> dict[str, Gemm]:
+        """The three GEMMs by name."""
+        return {"fprop": self.fprop, "dgrad": self.dgrad, "wgrad": self.wgrad}
+
+    @property
+    def casts(self) -> tuple[Cast, ...]:
+        """All six casts."""
+        return (*self.fprop, *self.dgrad, *self.wgrad)
+
+    @property
+    def token_multiple(self) -> int:
+        """Tokens are wgrad's contraction dimension: they are padded with zeros to a multiple of this."""
+        return max(max(c.hadamard, 16 if c.block_format.element.bits < 8 else 1) for c in self.wgrad)
+
+    def per_token(self) -> "Recipe":
+        """This recipe for inference: each token's activations have their own scale in fprop.
+
+        A scale over the whole tensor would let a token's output depend on the batch, its padding and the
+        tokens that come after it.
+        """
+        x = self.fprop.a
+        if not x.block_format.tensor_scale:
+            return self
+        return dataclasses.replace(self, fprop=(dataclasses.replace(x, outer="row"), self.fprop.b))
+
+    def in_bf16(self, gemms: str) -> "Recipe":
+        """This recipe with "all" GEMMs, or the "forward" one only, in BF16 (the late switch of 2509.25149)."""
+        if gemms not in GEMM_CHOICES:
+            raise unknown("choice of GEMMs", gemms, GEMM_CHOICES)
+        names = ("fprop",) if gemms == "forward" else ("fprop", "dgrad", "wgrad")
+        changed = {name: HIGH_PRECISION for name in names}
+        return dataclasses.replace(self, name=f"{self.name}, {gemms} in bf16", **changed)
+
+    def to_dict(self) -> dict:
+        """Plain data for config.json; `from_dict` gives an equal recipe back."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, gemm in self.gemms.items():
+            values[name] = [dataclasses.asdict(cast) for cast in gemm]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Recipe":
+        """Inverse of `to_dict`. Unknown fields are an error."""
+        values = dict(values)
+        for name in ("fprop", "dgrad", "wgrad"):
+            if len(values.get(name, ())) != 2:
+                raise ValueError(f"a recipe needs {name!r}: a pair of casts; got {values.get(name)!r}")
+            values[name] = Gemm(*(_from_dict(Cast, cast, "Cast") for cast in values[name]))
+        return _from_dict(cls, values, "Recipe")
+
+    def describe(self) -> str:
+        """A line for each GEMM."""
+        return "\n".join(f"{name}: {gemm}" for name, gemm in self.gemms.items())
+
+
+def check_block_count(name: str, value: int | float) -> None:
+    """ValueError unless `value` is a count >= 0 or a fraction in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        raise ValueError(f"{name}={value!r}: give a number of blocks (int) or a fraction of them (float in [0, 1))")
+    if isinstance(value, float) and value >= 1:
+        raise ValueError(f"{name}={value!r} is a fraction of the blocks and must be below 1; for a count, pass an int")
+
+
+RECIPES: dict[str, Recipe] = {}
+
+
+def register_recipe(recipe: Recipe) -> Recipe:
+    """Make `recipe` known by its name, and return it. A name can't be given to two different recipes."""
+    if RECIPES.get(recipe.name, recipe) != recipe:
+        raise ValueError(f"a different recipe is registered as {recipe.name!r}; choose another name")
+    RECIPES[recipe.name] = recipe
+    return recipe
+
+
+def get_recipe(recipe: "str | dict | Recipe") -> Recipe:
+    """A recipe from its name, its `to_dict`, or itself."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, dict):
+        return Recipe.from_dict(recipe)
+    if recipe not in RECIPES:
+        raise unknown("recipe", recipe, RECIPES)
+    return RECIPES[recipe]
+
+
+RN, RN_2D, SR = Cast(), Cast(square=True), Cast(rounding="stochastic")
+RN_H, SR_H = Cast(hadamard=16), Cast(rounding="stochastic", hadamard=16)
+SR_HEAD = Cast(rounding="stochastic", headroom=SR_HEADROOM)
+SR_H_HEAD = Cast(rounding="stochastic", headroom=SR_HEADROOM, hadamard=16)
+FP8, FP8_2D = Cast("fp8_e4m3_block"), Cast("fp8_e4m3_block", square=True)
+E4M3_T, E5M2_T = Cast("fp8_e4m3"), Cast("fp8_e5m2")
+
+_PAPER = "Pretraining LLMs with NVFP4, arXiv 2509.25149"
+
+for _recipe in (
+    # The control: the same code path, every operand rounded to BF16.
+    Recipe("bf16", HIGH_PRECISION, HIGH_PRECISION, HIGH_PRECISION, source="control"),
+    # The paper keeps the last 8 of 52 blocks (8B), 8 + 2 of 62 (12B), 4 of 20 (1.2B): about 15%.
+    Recipe(
+        "nvfp4",
+        fprop=(RN, RN_2D),
+        dgrad=(SR, RN_2D),
+        wgrad=(SR_H, RN_H),
+        keep_bf16_last=0.154,
+        source=f"{_PAPER}, sections 3 and 4; stochastic rounding without headroom, as NVIDIA does it",
+    ),
+    Recipe(
+        "nvfp4_unbiased",
+        fprop=(RN, RN_2D),
+        dgrad=(SR_HEAD, RN_2D),
+        wgrad=(SR_H_HEAD, RN_H),
+        keep_bf16_last=0.154,
+        source=f"{_PAPER}, with 17/16 headroom for the gradients' scales, so that none saturates",
+    ),
+    # The first block and the last two of the paper's 52 stay in BF16: none in a model of 12 blocks.
+    Recipe(
+        "fp8",
+        fprop=(FP8, FP8_2D),
+        dgrad=(FP8, FP8_2D),
+        wgrad=(FP8, FP8),
+        keep_bf16_first=1 / 52,
+        keep_bf16_last=2 / 52,
+        source=f"the FP8 baseline of {_PAPER}; DeepSeek-V3, arXiv 2412.19437, section 3.3",
+    ),
+    Recipe(
+        "fp8_tensor",
+        fprop=(E4M3_T, E4M3_T),
+        dgrad=(E5M2_T, E4M3_T),
+        wgrad=(E5M2_T, E4M3_T),
+        source="per-tensor current scaling, as torchao's tensorwise and Transformer Engine have it",
+    ),
+):
+    register_recipe(_recipe)

@@ -1,0 +1,353 @@
+"""The numerics in plain PyTorch: what a cast computes, bit for bit. The definition of correct.
+
+Knows formats and casts; knows nothing of layers, gradients or backends. Runs on any device and compiles.
+The order of operations is that of NVIDIA's Transformer Engine (arXiv 2509.25149, appendix), all in FP32.
+
+Non-finite values are never hidden. NaN or inf anywhere in a tensor makes its tensor scale NaN or inf (for
+formats with block scales only: that block's scale), so that everything dequantized with it is NaN or inf.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_nvfp4.formats import FLOAT32_MAX, Element
+from hf_nvfp4.recipes import Cast
+
+# Signs of the random Hadamard transform, the same for every tensor, layer and rank (Transformer Engine's).
+RHT_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
+_RHT_MINUS = sum(1 << i for i, sign in enumerate(RHT_SIGNS) if sign < 0)
+
+
+# ---------------------------------------------------------------------------- rounding to an element
+
+def _grid_step(magnitude: Tensor, element: Element) -> Tensor:
+    """Distance of the two grid points around each non-negative FP32 value."""
+    power_of_two = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return power_of_two.clamp_(min=element.min_normal).mul_(2.0**-element.mantissa_bits)
+
+
+def round_to(v: Tensor, element: Element, uniform: Tensor | None = None) -> Tensor:
+    """FP32 values rounded to the element's grid, saturating at its maximum; NaN stays NaN.
+
+    uniform: draws in (0, 1) of v's shape for stochastic rounding (up with probability distance / step);
+        None rounds to nearest, ties to the even code. A negative value that rounds to zero becomes -0.0,
+        and -0.0 itself becomes 0.0.
+    """
+    # In place where the buffer is ours: on a CPU this is bound by memory.
+    magnitude = v.abs().clamp_(max=element.max)
+    step = _grid_step(magnitude, element)
+    steps = magnitude.div_(step)
+    steps = steps.round_() if uniform is None else steps.add_(uniform).floor_()
+    return steps.mul_(step).copysign_(v + 0.0)
+
+
+def _code_offset(element: Element) -> int:
+    """FP32's exponent and mantissa bits, shifted down to the element's mantissa, less this: the element's code."""
+    return 127 + round(math.log2(element.min_normal)) - 1 << element.mantissa_bits
+
+
+def encode(values: Tensor, element: Element) -> Tensor:
+    """uint8 codes, one a byte, of FP32 values on the element's grid. E2M1 has no NaN: NaN's code is a zero."""
+    if element.dtype is not None:
+        return values.to(element.dtype).view(torch.uint8)
+    # Exponent and mantissa are adjacent in FP32 too: shift them down and move the exponent's bias.
+    magnitude = values.abs().nan_to_num_(0.0)
+    normal = (magnitude.view(torch.int32) >> 23 - element.mantissa_bits).sub_(_code_offset(element))
+    subnormal = (magnitude * (2.0**element.mantissa_bits / element.min_normal)).to(torch.int32)
+    code = torch.where(magnitude < element.min_normal, subnormal, normal)
+    sign = (values.view(torch.int32) >> 32 - element.bits).bitwise_and_(1 << element.bits - 1)
+    return code.bitwise_or_(sign).to(torch.uint8)
+
+
+def decode(codes: Tensor, element: Element) -> Tensor:
+    """FP32 values of uint8 codes, one a byte."""
+    if element.dtype is not None:
+        return codes.view(element.dtype).float()
+    code = codes.int() & (1 << element.bits - 1) - 1
+    normal = (code + _code_offset(element) << 23 - element.mantissa_bits).view(torch.float32)
+    subnormal = code * (element.min_normal * 2.0**-element.mantissa_bits)
+    magnitude = torch.where(code < 1 << element.mantissa_bits, subnormal, normal)
+    return torch.where(codes >> element.bits - 1 == 0, magnitude, -magnitude)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte, the even column in the low nibble: [M, K] -> [M, K/2]."""
+    pairs = codes.contiguous().view(torch.int16)
+    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Inverse of `pack_nibbles`: [M, K/2] -> [M, K]."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)
+
+
+# ---------------------------------------------------------------------------- random bits
+
+def _mix(h: Tensor) -> Tensor:
+    """A bijection of int32 that flips each output bit with probability near 1/2 for each input bit.
+
+    Multiply-xorshift with the low-bias constants of https://github.com/skeeto/hash-prospector.
+    """
+    h = ((h >> 16).bitwise_and_(0xFFFF).bitwise_xor_(h)).mul_(0x21F0AAAD)
+    h = ((h >> 15).bitwise_and_(0x1FFFF).bitwise_xor_(h)).mul_(0x735A2D97)
+    return (h >> 15).bitwise_and_(0x1FFFF).bitwise_xor_(h)
+
+
+def uniform_like(x: Tensor, seed: Tensor, first_row: int = 0) -> Tensor:
+    """Draws in (0, 1) for each element of x [M, K], a function of (row, column, seed) alone.
+
+    16 random bits each, two elements a hashed word (the even column in its low half), centred in their
+    interval: adding one to a count of grid steps is exact in FP32, so a value on the grid never moves.
+    seed: int32 [2]. first_row: the number of x's first row, where x is a part of a larger tensor.
+    """
+    m, k = x.shape
+    rows = torch.arange(first_row, first_row + m, device=x.device, dtype=torch.int32)
+    words = torch.arange((k + 1) // 2, device=x.device, dtype=torch.int32)
+    bits = _mix(_mix(rows ^ seed[0])[:, None] ^ _mix(~words ^ seed[1])[None, :])
+    return bits.view(torch.int16)[:, :k].float().add_(32768.5).mul_(2.0**-16)
+
+
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """A fresh seed, int32 [2], from `generator` or torch's default one, different on every rank.
+
+    The default generator is what Trainer saves and restores, so that a resumed run draws the same numbers;
+    but Trainer seeds every rank alike, hence the rank here.
+    """
+    seed = torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device=device, generator=generator)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        seed = _mix(seed + torch.distributed.get_rank())
+    return seed
+
+
+# ---------------------------------------------------------------------------- Hadamard transform
+
+def _hadamard(size: int, device: torch.device) -> Tensor:
+    """diag(signs) · H / sqrt(size), FP32 [size, size], H after Sylvester; the signs repeat beyond 16.
+
+    Made of integer arithmetic on the device: no copy from the host, nothing cached that could go stale.
+    """
+    index = torch.arange(size, device=device, dtype=torch.int32)
+    parity = index[:, None] & index[None, :]
+    for shift in (8, 4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    minus = (_RHT_MINUS >> (index % 16)) & 1
+    return (1 - 2 * ((parity ^ minus[:, None]) & 1)).float() * size**-0.5
+
+
+def rotate(x: Tensor, size: int) -> Tensor:
+    """Random Hadamard transform of blocks of `size` along the last dimension: FP32 accumulation, BF16 result.
+
+    Sign first, then H / sqrt(size); a GEMM whose two operands are both rotated is unchanged but for rounding.
+    """
+    return (x.float().reshape(-1, size) @ _hadamard(size, x.device)).bfloat16().reshape(x.shape)
+
+
+# ---------------------------------------------------------------------------- blocks
+
+@dataclass
+class Blocks:
+    """A quantized [M, K] operand, unpacked: what packing and every backend start from.
+
+    elements: FP32 on the element's grid, viewed as [M/m, m, K/k, k] blocks, zero-padded.
+    scales: FP32 [M/m, 1, K/k, 1], or None without block scales.
+    tensor_scale: FP32 scalar, or [M, 1] with per-row scales.
+    """
+
+    elements: Tensor
+    scales: Tensor | None
+    tensor_scale: Tensor
+    shape: tuple[int, int]
+
+    def values(self) -> Tensor:
+        """element × block scale [M, K] in FP32, the tensor scale left out: at most 6 significant bits for NVFP4."""
+        scaled = self.elements if self.scales is None else self.elements * self.scales
+        return _unblock(scaled, self.shape)
+
+
+def _block_view(x: Tensor, rows: int, columns: int) -> Tensor:
+    """[M, K] -> [M/rows, rows, K/columns, columns], padded with zeros."""
+    m, k = x.shape
+    if m % rows or k % columns:
+        x = F.pad(x, (0, -k % columns, 0, -m % rows))
+    return x.view(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
+
+
+def _unblock(blocks: Tensor, shape: tuple[int, int]) -> Tensor:
+    a, b, c, d = blocks.shape
+    return blocks.reshape(a * b, c * d)[: shape[0], : shape[1]]
+
+
+def _amax(x: Tensor, outer: str) -> Tensor:
+    """Largest magnitude of the tensor (scalar) or of each row ([M, 1])."""
+    magnitude = x.abs()
+    return magnitude.amax(dim=1, keepdim=True) if outer == "row" else magnitude.amax()
+
+
+def _scale_for(amax: Tensor, largest: float) -> Tensor:
+    """The FP32 scale that maps amax to `largest`; 1 where all is zero. Not finite where amax is not."""
+    return torch.where(amax == 0, torch.ones_like(amax), amax / largest)
+
+
+def _two_level(x: Tensor, amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
+    """Block scales in a small float under an FP32 tensor scale (NVFP4): scaled blocks, scales, tensor scale."""
+    fmt = cast.block_format
+    element_max, scale_max = fmt.element.max, fmt.scale.max
+    largest = element_max * scale_max / cast.headroom
+    # A true division: `number / tensor` is number · (1 / tensor) in torch, which rounds twice.
+    encode_scale = (torch.full_like(amax, largest) / amax).clamp(max=FLOAT32_MAX)
+    usable = torch.isfinite(encode_scale) & (encode_scale > 0) & (amax > 0)
+    encode_scale = torch.where(usable, encode_scale, torch.ones_like(encode_scale))
+    decode_scale = 1.0 / encode_scale
+    if cast.outer == "row":
+        encode_scale, decode_scale = encode_scale[:, :, None, None], decode_scale[:, :, None, None]
+
+    blocks = _block_view(x, fmt.block if cast.square else 1, fmt.block)
+    block_amax = blocks.abs().amax(dim=(1, 3), keepdim=True)
+    # (1/6) · S_enc first: the other order changes one scale byte in 1,400.
+    per_element_max = encode_scale * (cast.headroom / element_max)
+    scales = (block_amax * per_element_max).clamp(max=scale_max).to(fmt.scale.dtype).float()
+    inverse = (1.0 / (scales * decode_scale)).clamp(max=FLOAT32_MAX)
+    return blocks * inverse, scales, _scale_for(amax, largest)
+
+
+def _one_level(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
+    """FP32 block scales and nothing above them (FP8, 1×128 and 128×128)."""
+    fmt = cast.block_format
+    blocks = _block_view(x, fmt.block if cast.square else 1, fmt.block)
+    scales = _scale_for(blocks.abs().amax(dim=(1, 3), keepdim=True), fmt.element.max / cast.headroom)
+    return blocks / scales, scales, torch.ones((), device=x.device)
+
+
+def prepare(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a cast needs to know of the whole tensor: x (rotated if the cast says so), its amax, a seed for SR.
+
+    amax: scalar, or [M, 1] with per-row scales; unused by formats without a tensor scale.
+    """
+    if cast.hadamard:
+        x = rotate(x, cast.hadamard)
+    amax = _amax(x, cast.outer).float() if cast.block_format.tensor_scale else torch.ones((), device=x.device)
+    return x, amax, draw_seed(x.device, generator) if cast.rounding == "stochastic" else None
+
+
+def quantize_rows(x: Tensor, amax: Tensor, seed: Tensor | None, cast: Cast, first_row: int = 0) -> Blocks:
+    """Quantize what `prepare` returned, or some whole blocks of its rows (and their amax, if that is [M, 1])."""
+    fmt = cast.block_format
+    x = x.float()
+    if fmt.scale == "float32":
+        scaled, scales, tensor_scale = _one_level(x, cast)
+    elif fmt.scale is not None:
+        scaled, scales, tensor_scale = _two_level(x, amax, cast)
+    elif fmt.tensor_scale:
+        tensor_scale = _scale_for(amax, fmt.element.max / cast.headroom)
+        scaled, scales = _block_view(x / tensor_scale, 1, x.shape[1]), None
+    else:
+        scaled, scales, tensor_scale = _block_view(x, 1, x.shape[1]), None, torch.ones((), device=x.device)
+    uniform = None
+    if seed is not None:
+        uniform = _block_view(uniform_like(x, seed, first_row), scaled.shape[1], scaled.shape[3])
+    return Blocks(round_to(scaled, fmt.element, uniform), scales, tensor_scale, tuple(x.shape))
+
+
+def quantize_blocks(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> Blocks:
+    """Quantize x [M, K] along K (K a multiple of the Hadamard transform's size, if there is one)."""
+    return quantize_rows(*prepare(x, cast, generator), cast)
+
+
+# ---------------------------------------------------------------------------- the public tensor
+
+@dataclass
+class QuantizedTensor:
+    """A quantized [M, K] tensor as it is stored, with blocks along K.
+
+    codes: uint8 [M, K/2] for 4-bit elements (even column in the low nibble), else [M, K].
+    scales: [M, ceil(K/block)], float8_e4m3fn for nvfp4 and float32 for fp8_e4m3_block; a square block's
+        scale stands in every one of its rows. None for formats without block scales.
+    tensor_scale: float32 scalar, or [M, 1] with per-row scales.
+    The value of an element is (code × scale) × tensor_scale.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    tensor_scale: Tensor
+    cast: Cast
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a later `QuantizedTensor(*tensors, cast)` is made of."""
+        return self.codes, self.scales, self.tensor_scale
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, K) of the tensor that was quantized."""
+        per_byte = 8 // self.cast.block_format.element.bits
+        return self.codes.shape[0], self.codes.shape[1] * per_byte
+
+    def values(self) -> Tensor:
+        """code × block scale, FP32 [M, K], the tensor scale left out (exact in FP32 for nvfp4)."""
+        fmt = self.cast.block_format
+        codes = unpack_nibbles(self.codes) if fmt.element.bits == 4 else self.codes
+        values = decode(codes, fmt.element)
+        if self.scales is None:
+            return values
+        blocks = _block_view(values, 1, fmt.block)
+        return _unblock(blocks * self.scales.float()[:, None, :, None], self.shape)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[M, K] in `dtype`, still in the rotated basis if the cast rotates. float64 multiplies without rounding."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return (self.values().to(wide) * self.tensor_scale.to(wide)).to(dtype)
+
+    def __repr__(self) -> str:
+        return f"QuantizedTensor({self.shape[0]}×{self.shape[1]}, {self.cast}, {self.codes.device})"
+
+
+def pack(blocks: Blocks, cast: Cast) -> QuantizedTensor:
+    """Blocks as stored bytes."""
+    fmt = cast.block_format
+    m, k = blocks.shape
+    codes = _unblock(encode(blocks.elements, fmt.element), blocks.shape)
+    if fmt.element.bits == 4:
+        codes = pack_nibbles(codes)
+    scales = blocks.scales
+    if scales is not None:
+        rows = fmt.block if cast.square else 1
+        scales = scales[:, 0, :, 0].repeat_interleave(rows, dim=0)[:m]
+        if fmt.scale != "float32":
+            scales = scales.to(fmt.scale.dtype)
+    return QuantizedTensor(codes.contiguous(), scales, blocks.tensor_scale, cast)
+
+
+def quantize(x: Tensor, cast: Cast, *, generator: torch.Generator | None = None) -> QuantizedTensor:
+    """Quantize a 2-D tensor in blocks along its last dimension (NVFP4: arXiv 2509.25149, section 2).
+
+    Args:
+        x: [M, K], float32, bfloat16 or float16. For 4-bit formats K must be a multiple of the block; with a
+            Hadamard transform, of its size; for square blocks of 4-bit formats M too.
+        cast: how; `Cast()` is NVFP4 with 1×16 blocks, rounded to nearest.
+        generator: source of stochastic rounding, on x's device; torch's default one if None.
+
+    Returns:
+        A `QuantizedTensor` with `.codes`, `.scales`, `.tensor_scale` and `.dequantize(dtype)`.
+
+    Raises:
+        TypeError: x is not a floating-point tensor. ValueError: wrong rank, size or format.
+    """
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        raise TypeError(f"quantize takes float32, bfloat16 or float16, not {x.dtype}; convert it first")
+    if x.dim() != 2 or not x.numel():
+        raise ValueError(f"quantize takes a non-empty 2-D tensor, not {tuple(x.shape)}; reshape it to [rows, features]")
+    fmt = cast.block_format
+    if fmt.high_precision:
+        raise ValueError(f"{cast.format!r} is a plain floating-point type: use x.to({fmt.element.dtype})")
+    multiple = max(cast.hadamard, fmt.block if fmt.element.bits < 8 else 1)
+    rows = fmt.block if cast.square and fmt.element.bits < 8 else 1
+    if x.shape[1] % multiple or x.shape[0] % rows:
+        raise ValueError(
+            f"{cast} needs [M, K] with M a multiple of {rows} and K of {multiple}; this tensor is "
+            f"{x.shape[0]}×{x.shape[1]}. Pad it with zeros, or keep this layer in high precision."
+        )
+    return pack(quantize_blocks(x, cast, generator), cast)

@@ -1,0 +1,64 @@
+"""The package's shape: what may import what, and that importing it is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "hf_nvfp4"
+
+# module -> the modules of this package that it may import (DESIGN.md's layout).
+ALLOWED = {
+    "formats": set(),
+    "recipes": {"formats"},
+    "reference": {"formats", "recipes"},
+    "backends": {"formats", "recipes", "reference", "backends"},
+    "gemm": {"formats", "recipes", "reference", "backends"},
+    "linear": {"gemm", "recipes"},
+    "convert": {"linear", "recipes", "gemm"},
+    "schedule": {"convert", "linear", "recipes"},
+    "integration": {"convert", "linear", "recipes"},
+    "report": set(),
+}
+
+
+def _imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_nvfp4."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("hf_nvfp4.")}
+    return names
+
+
+@pytest.mark.parametrize("module", sorted(ALLOWED))
+def test_a_module_imports_only_what_stands_below_it(module):
+    path = PACKAGE / module
+    files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+    for file in files:
+        assert _imports(file) <= ALLOWED[module], file
+
+
+def test_only_the_integration_subclasses_transformers_quantizers():
+    users = {p.name for p in PACKAGE.rglob("*.py") if "HfQuantizer" in p.read_text()}
+    assert users == {"integration.py"}
+
+
+def _python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_is_light_and_names_are_found():
+    loaded = "print([m for m in ('transformers', 'datasets', 'lm_eval', 'triton') if m in sys.modules])"
+    assert _python(f"import sys, hf_nvfp4; {loaded}") == "[]"
+    assert _python("import hf_nvfp4; print(all(hasattr(hf_nvfp4, n) for n in hf_nvfp4.__all__))") == "True"
+
+
+def test_an_unknown_name_says_what_there_is():
+    import hf_nvfp4
+
+    with pytest.raises(AttributeError, match="NVFP4TrainingConfig"):
+        _ = hf_nvfp4.NVFP4Config

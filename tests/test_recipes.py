@@ -1,0 +1,88 @@
+"""Formats and recipes are data that checks itself."""
+
+import json
+
+import pytest
+import torch
+
+from hf_nvfp4 import RECIPES, Cast, Recipe, register_recipe
+from hf_nvfp4.formats import E2M1, E4M3, E5M2, FORMATS
+from hf_nvfp4.recipes import HIGH_PRECISION, get_recipe
+
+
+def test_element_grids_are_the_published_ones():
+    assert E2M1.grid == (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+    for element in (E4M3, E5M2):
+        codes = torch.arange(len(element.grid), dtype=torch.uint8)
+        assert codes.view(element.dtype).float().tolist() == list(element.grid)
+        assert element.grid[-1] == element.max == torch.finfo(element.dtype).max
+
+
+def test_the_default_cast_is_nvfp4_and_the_recipe_is_the_papers():
+    assert Cast() == Cast("nvfp4", square=False, rounding="nearest", hadamard=0, outer="tensor")
+    assert (FORMATS["nvfp4"].block, FORMATS["nvfp4"].scale) == (16, E4M3)
+    x, w = RECIPES["nvfp4"].fprop
+    assert (x, w) == (Cast(), Cast(square=True))
+    assert RECIPES["nvfp4"].dgrad == (Cast(rounding="stochastic"), Cast(square=True))
+    assert RECIPES["nvfp4"].wgrad == (Cast(rounding="stochastic", hadamard=16), Cast(hadamard=16))
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_recipes_survive_json(name):
+    recipe = RECIPES[name]
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert recipe.source and recipe.describe().count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "nvfp5"}, "known: nvfp4.*Did you mean 'nvfp4'"),
+        ({"rounding": "up"}, "known: nearest, stochastic"),
+        ({"outer": "column"}, "known: tensor, row"),
+        ({"hadamard": 12}, "power of two"),
+        ({"headroom": 0.5}, "below 1"),
+        ({"format": "fp8_e4m3", "square": True}, "none"),
+        ({"square": True, "hadamard": 16}, "square blocks are the same along both"),
+        ({"format": "bf16", "hadamard": 16}, "no scales"),
+    ],
+)
+def test_a_cast_checks_itself(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Cast(**arguments)
+
+
+def test_a_recipe_checks_itself():
+    plain, rotated = Cast(), Cast(hadamard=16)
+    with pytest.raises(ValueError, match="wgrad rotates its operands by Hadamard 16 and 0"):
+        Recipe("half", (plain, plain), (plain, plain), (rotated, plain))
+    for bad in (True, -1, 1.0, "2"):
+        with pytest.raises(ValueError, match="keep_bf16_last"):
+            Recipe("bad", HIGH_PRECISION, HIGH_PRECISION, HIGH_PRECISION, keep_bf16_last=bad)
+    with pytest.raises(ValueError, match="unknown Recipe field 'gprop'.*Did you mean 'fprop'"):
+        Recipe.from_dict(RECIPES["nvfp4"].to_dict() | {"gprop": []})
+    with pytest.raises(ValueError, match="known: bf16, nvfp4"):
+        get_recipe("nvfp44")
+
+
+def test_registering_adds_a_name_once(monkeypatch):
+    monkeypatch.setattr("hf_nvfp4.recipes.RECIPES", dict(RECIPES))
+    mine = Recipe("mine", HIGH_PRECISION, HIGH_PRECISION, HIGH_PRECISION)
+    assert register_recipe(mine) is register_recipe(mine) is get_recipe("mine")
+    with pytest.raises(ValueError, match="a different recipe is registered as 'nvfp4'"):
+        register_recipe(Recipe("nvfp4", HIGH_PRECISION, HIGH_PRECISION, HIGH_PRECISION))
+
+
+def test_switching_to_high_precision():
+    recipe = RECIPES["nvfp4"]
+    assert recipe.in_bf16("forward").fprop == HIGH_PRECISION
+    assert recipe.in_bf16("forward").wgrad == recipe.wgrad
+    assert set(recipe.in_bf16("all").gemms.values()) == {HIGH_PRECISION}
+    with pytest.raises(ValueError, match="known: all, forward"):
+        recipe.in_bf16("backward")
+
+
+def test_per_token_recipes_change_the_activations_only():
+    recipe = RECIPES["nvfp4"].per_token()
+    assert recipe.fprop.a == Cast(outer="row") and recipe.fprop.b == Cast(square=True)
+    assert RECIPES["fp8"].per_token() == RECIPES["fp8"]
