@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from hf_nvfp4.backends import BACKENDS
 from hf_nvfp4.gemm import backend_name, check_backend
 from hf_nvfp4.linear import NVFP4Linear, quantized_linears, unsuitable
 from hf_nvfp4.recipes import Recipe, check_block_count
@@ -142,7 +143,7 @@ def _kept_block(position: tuple[int, int] | None, choice: Choice) -> str | None:
 
 
 def summary(decisions: list[Decision]) -> str:
-    """One line: "converted 28 of 36 linears (7 linears: kept, last 1 of 5 blocks in BF16; lm_head: kept, output head)"."""
+    """One line, such as "converted 14 of 15 linears (lm_head: kept, output head)"."""
     kept = defaultdict(list)
     for decision in decisions:
         if not decision.converted:
@@ -173,7 +174,8 @@ def convert(model: nn.Module, choice: Choice) -> list[Decision]:
     device = converted[0].weight.device
     line = f"{summary(decisions)}; recipe {choice.recipe.name}"
     if device.type != "meta":
-        line += f", backend {backend_name(choice.backend, choice.recipe, device)}"
+        backend = backend_name(choice.backend, choice.recipe, device)
+        line += f", backend {backend}: {BACKENDS[backend].exactness(choice.recipe)}"
     for linear in converted:
         NVFP4Linear.convert(linear, choice.recipe, choice.backend)
     model.nvfp4_decisions = decisions

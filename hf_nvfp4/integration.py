@@ -82,6 +82,10 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
         values |= {"quant_method": QUANT_METHOD, "recipe": self.recipe.to_dict(), "skip": list(self.skip)}
         return values
 
+    def get(self, key: str, default=None):
+        """As a dict has it: Transformers asks a model config's quantization_config this way."""
+        return getattr(self, key, default)
+
     def __eq__(self, other) -> bool:
         return isinstance(other, NVFP4TrainingConfig) and self.to_dict() == other.to_dict()
 

@@ -80,7 +80,9 @@ class NVFP4Linear(nn.Linear):
     # Native tensor parallelism in Transformers: hand us plain local tensors, not DTensors.
     _hf_quantized_needs_local_tp = True
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, recipe="nvfp4", backend="auto"):
+    def __init__(
+        self, in_features, out_features, bias=True, device=None, dtype=None, *, recipe="nvfp4", backend="auto"
+    ):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.set_recipe(recipe, backend)
 

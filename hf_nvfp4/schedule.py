@@ -120,6 +120,13 @@ def find_non_finite(model: nn.Module, batch: dict | None, autocast: torch.dtype 
 
         return hook
 
+    def look_at_gradient(name):
+        def hook(parameter):
+            if not found and not parameter.grad.isfinite().all():
+                found.append(name)
+
+        return hook
+
     # Leaves fire before the modules that contain them, so the first name is the innermost one.
     hooks = [m.register_forward_hook(look(name or type(m).__name__)) for name, m in model.named_modules()]
     device = next(model.parameters()).device
@@ -130,11 +137,12 @@ def find_non_finite(model: nn.Module, batch: dict | None, autocast: torch.dtype 
             loss = model(**batch)["loss"]
         if found:
             return f"the output of layer {found[0]} is not finite"
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        hooks += [p.register_post_accumulate_grad_hook(look_at_gradient(name)) for name, p in trained]
         loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
-    bad = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    if bad:
-        return f"the gradient of {bad[-1]} is not finite (and of {len(bad) - 1} more parameters before it)"
-    return "weights and the first batch are fine; the batch of that step was not"
+    if found:
+        return f"on the way back from the loss, the gradient of {found[0]} is the first that is not finite"
+    return "weights, outputs and gradients are finite on the first batch; those of the step's own batch were not"

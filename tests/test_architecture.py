@@ -17,7 +17,7 @@ ALLOWED = {
     "backends": {"formats", "recipes", "reference", "backends"},
     "gemm": {"formats", "recipes", "reference", "backends"},
     "linear": {"gemm", "recipes"},
-    "convert": {"linear", "recipes", "gemm"},
+    "convert": {"backends", "gemm", "linear", "recipes"},
     "schedule": {"convert", "linear", "recipes"},
     "integration": {"convert", "linear", "recipes"},
     "report": set(),

@@ -1,0 +1,151 @@
+"""The figure of a comparison: loss curves, and the gap to BF16 over training. Knows Matplotlib; no torch."""
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, FuncFormatter
+
+from hf_nvfp4.report import Variant, base_of, gaps, incomparable, spread, title
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; markers tell the curves apart in print.
+_KNOWN = {"bf16": "#000000", "fp8": "#0072B2", "nvfp4": "#D55E00"}
+_OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vPX"
+_ENOUGH_VALIDATIONS = 5
+_SMOOTHED_SHARE = 0.05  # of all logged losses are averaged into one point
+
+
+def figure_png(variants: list[Variant], inches: tuple[float, float] = (11, 4.8), dpi: int = 150) -> bytes:
+    """Loss curves at the left, relative gap to the BF16 run at the right; inches × dpi pixels."""
+    figure = Figure(figsize=inches, dpi=dpi, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    styles = _styles(variants)
+    _draw_losses(left, variants, styles)
+    compared = [v for v in variants if v.label not in incomparable(variants)]
+    _draw_gaps(right, compared, styles)
+    figure.suptitle(title(variants), fontsize=11)
+    handles = [_legend_entry(variant, compared, *styles[variant.label]) for variant in variants]
+    handles.append(Line2D([], [], color="0.4", label="training, smoothed"))
+    handles.append(Line2D([], [], color="0.4", marker="o", linestyle="", label="validation"))
+    if any(variant.first.record["precision_schedule"] for variant in variants):
+        handles.append(Line2D([], [], color="0.4", linestyle=":", label="switch to BF16"))
+    wide = sum(len(handle.get_label()) + 8 for handle in handles) > 13 * inches[0]
+    columns = -(-len(handles) // 2) if wide else len(handles)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _styles(variants: list[Variant]) -> dict[str, tuple[str, str]]:
+    """Label -> (colour, marker)."""
+    taken = [v.label for v in variants if v.label in _KNOWN]
+    others = [v.label for v in variants if v.label not in _KNOWN]
+    colours = {label: _KNOWN[label] for label in taken}
+    colours |= {label: _OTHERS[i % len(_OTHERS)] for i, label in enumerate(others)}
+    return {v.label: (colours[v.label], _MARKERS[i % len(_MARKERS)]) for i, v in enumerate(variants)}
+
+
+def _legend_entry(variant: Variant, compared: list[Variant], colour: str, marker: str) -> Line2D:
+    base = base_of(compared, "bf16")
+    found = None if variant is base else gaps(variant, base)
+    text = f" ({spread(found, 2, '+')} % at the end)" if found else ""
+    if variant not in compared:
+        text = " (not comparable)"
+    return Line2D([], [], color=colour, marker=marker, markersize=5, label=variant.label + text)
+
+
+def _curve(variant: Variant, kind: str, smoothed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [n], losses [seeds, n]) at the steps that all seeds have."""
+    tables = [dict(map(tuple, run.get(f"losses.{kind}"))) for run in variant.runs]
+    steps = [step for step in tables[0] if all(step in table for table in tables)]
+    losses = np.array([[table[step] for step in steps] for table in tables], dtype=float).reshape(len(tables), -1)
+    tokens = np.array(steps) * variant.first.get("training.tokens") / variant.first.get("training.steps")
+    width = max(1, round(_SMOOTHED_SHARE * len(steps))) if smoothed else 1
+    if width > 1:
+        inside = np.convolve(np.ones(len(steps)), np.ones(width), "same")  # fewer at either end
+        losses = np.array([np.convolve(row, np.ones(width), "same") / inside for row in losses])
+    return tokens, losses
+
+
+def _draw_band(axes, tokens: np.ndarray, values: np.ndarray, colour: str) -> None:
+    """Mean over seeds as a line, their range as a band."""
+    axes.plot(tokens, values.mean(0), color=colour, linewidth=1.6)
+    if len(values) > 1:
+        axes.fill_between(tokens, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
+
+
+def _draw_losses(axes, variants: list[Variant], styles: dict) -> None:
+    shown = []  # (from where on, lowest): the first tenth of training would flatten the rest
+    for place, variant in enumerate(variants):
+        colour, marker = styles[variant.label]
+        tokens, losses = _curve(variant, "train", smoothed=True)
+        if losses.size:
+            _draw_band(axes, tokens, losses, colour)
+            shown.append((np.interp(tokens[-1] / 10, tokens, losses.max(0)), losses.min()))
+        tokens, losses = _curve(variant, "validation", smoothed=False)
+        if losses.size:
+            size = max(8 - 1.7 * place, 3)  # smaller ones on top, so that coinciding ones all show
+            axes.plot(tokens, losses.mean(0), marker, color=colour, markersize=size, markeredgecolor="white")
+            shown.append((losses.min(), losses.min()))
+        _mark_switch(axes, variant, colour)
+    high, low = max((high for high, _ in shown), default=0), min((low for _, low in shown), default=0)
+    if np.isfinite(high - low) and high > low:
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.set_ylabel("loss, nats a token")
+    _finish(axes, "Loss")
+
+
+def _draw_gaps(axes, variants: list[Variant], styles: dict) -> None:
+    base = base_of(variants, "bf16")
+    others = [variant for variant in variants if variant is not base]
+    if base is None or not others:
+        axes.text(0.5, 0.5, "nothing to compare with a BF16 run", ha="center", va="center", color="0.4")
+        axes.set_axis_off()
+        return
+    enough = all(_curve(v, "validation", False)[0].size >= _ENOUGH_VALIDATIONS for v in variants)
+    kind = "validation" if enough else "train"
+    axes.axhline(0, color=styles[base.label][0], linewidth=1.2)
+    late = []
+    for variant in others:
+        colour, marker = styles[variant.label]
+        tokens, gap = _gap_curve(variant, base, kind)
+        _draw_band(axes, tokens, gap, colour)
+        if enough:
+            axes.plot(tokens, gap.mean(0), marker, color=colour, markersize=5, markeredgecolor="white")
+        _mark_switch(axes, variant, colour)
+        late.append(gap[:, tokens >= tokens[-1] / 10] if tokens.size else gap)
+    values = np.concatenate([gap.ravel() for gap in late] + [np.zeros(1)])
+    margin = 0.08 * (values.max() - values.min()) or 1.0
+    axes.set_ylim(values.min() - margin, values.max() + margin)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:+g} %" if y else "0 %"))
+    _finish(axes, f"Gap to BF16, {'validation loss' if enough else 'smoothed training loss'}")
+
+
+def _gap_curve(variant: Variant, base: Variant, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [n], % [seeds, n]); seed by seed where both have as many, else to the base's mean."""
+    tokens, losses = _curve(variant, kind, smoothed=kind == "train")
+    base_tokens, base_losses = _curve(base, kind, smoothed=kind == "train")
+    if len(losses) != len(base_losses):
+        base_losses = base_losses.mean(0, keepdims=True)
+    _, mine, its = np.intersect1d(tokens, base_tokens, return_indices=True)
+    return tokens[mine], 100 * (losses[:, mine] / base_losses[:, its] - 1)
+
+
+def _mark_switch(axes, variant: Variant, colour: str) -> None:
+    """A dotted line where a precision schedule left the recipe."""
+    if schedule := variant.first.record["precision_schedule"]:
+        tokens = variant.first.get("training.tokens") / variant.first.get("training.steps")
+        axes.axvline(schedule["switch_step"] * tokens, color=colour, linestyle=":", linewidth=1.2)
+
+
+def _finish(axes, heading: str) -> None:
+    axes.set_title(heading, fontsize=10, loc="left")
+    axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlim(left=0)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

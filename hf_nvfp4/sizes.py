@@ -1,0 +1,68 @@
+"""Named Llama models to train from scratch, and the settings to start each one with. Pure data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama: its shape, then training defaults for about 20 tokens a parameter (tiny: for a minute or two).
+
+    Head dimension 64 (tiny) or 128. All features are multiples of 64, so that every linear can be NVFP4.
+    """
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    tied: bool  # output head and embedding are one matrix
+    vocabulary: int
+    sequence_length: int
+    batch: int  # sequences a device and a forward pass
+    accumulation: int  # forward passes a step
+    steps: int
+    learning_rate: float
+    validation_tokens: int = 1_000_000  # at most
+
+    def training_defaults(self) -> dict:
+        """Flag -> value."""
+        return {
+            "vocabulary_size": self.vocabulary,
+            "sequence_length": self.sequence_length,
+            "per_device_train_batch_size": self.batch,
+            "per_device_eval_batch_size": self.batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "max_steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "max_validation_tokens": self.validation_tokens,
+        }
+
+    def config(self, vocabulary: int, sequence_length: int, special_tokens: dict):
+        """A LlamaConfig. vocabulary: the tokenizer's, here rounded up to a multiple of 64.
+
+        special_tokens: bos_token_id, eos_token_id, pad_token_id of the tokenizer.
+        """
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=-(-vocabulary // 64) * 64,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=max(2048, sequence_length),
+            use_cache=True,
+            **special_tokens,
+        )
+
+
+# Without the embeddings: 2.1M, 30M, 57M, 128M, 357M, 1.03B parameters.
+#              layers hidden inter. heads tied  vocab. seq. batch acc. steps    lr
+SIZES = {
+    "tiny": Size(4,   192,   640,   3, True,   4096,  256,   8,   1,   500, 3e-3, 40_000),
+    "30m":  Size(6,   640,  1792,   5, True,  16384,  512,  64,   1, 18000, 1.2e-3),
+    "60m":  Size(8,   768,  2048,   6, True,  16384,  512,  64,   2, 17000, 1e-3),
+    "125m": Size(10, 1024,  2816,   8, True,  32768, 1024,  32,   8, 10000, 8e-4),
+    "350m": Size(18, 1280,  3456,  10, False, 32768, 2048,   8,  32, 14000, 6e-4),
+    "1b":   Size(20, 2048,  5632,  16, False, 32768, 2048,   4, 128, 20000, 4e-4),
+}  # fmt: skip

@@ -1,0 +1,146 @@
+"""Which layers are converted, and that everybody is told."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_nvfp4 import NVFP4Linear, NVFP4TrainingConfig, quantize_model
+from hf_nvfp4.convert import matches, summary
+
+
+def kept(model):
+    return {d.name for d in model.nvfp4_decisions if not d.converted}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("layers.1", "model.layers.1.mlp.up_proj", True),
+        ("layers.1", "model.layers.11.mlp.up_proj", False),
+        ("mlp.gate", "model.layers.0.mlp.gate_proj", False),
+        ("mlp.gate_*", "model.layers.0.mlp.gate_proj", True),
+        ("mlp.*", "model.layers.0.mlp.gate_proj", True),
+        ("*.o_proj", "model.layers.0.self_attn.o_proj", True),
+        ("o_proj", "model.layers.0.self_attn.o_proj", True),
+        ("model.layers.?.self_attn", "model.layers.3.self_attn.q_proj", True),
+        ("model.layers.?.self_attn", "model.layers.13.self_attn.q_proj", False),
+    ],
+)
+def test_patterns_match_whole_components(pattern, name, expected):
+    assert matches(pattern, name) == expected
+
+
+def test_the_papers_choice_is_the_default(build, capsys):
+    model = build("nvfp4")
+    assert capsys.readouterr().out.strip() == (
+        "hf_nvfp4: converted 21 of 29 linears (7 linears: kept, last 1 of 4 blocks in BF16; "
+        "lm_head: kept, output head); recipe nvfp4, backend bf16: exact"
+    )
+    assert all(".3." in name for name in kept(model) - {"lm_head"})
+    converted = {name for name, module in model.named_modules() if isinstance(module, NVFP4Linear)}
+    assert converted == {d.name for d in model.nvfp4_decisions if d.converted}
+
+
+def test_inexact_backends_say_so(build, capsys):
+    build("fp8")
+    assert "backend bf16: fp8_e4m3_block operands rounded to BF16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept_blocks"),
+    [
+        ({"keep_bf16_last": 0}, set()),
+        ({"keep_bf16_last": 2}, {2, 3}),
+        ({"keep_bf16_first": 1, "keep_bf16_last": 0.5}, {0, 2, 3}),
+        ({"keep_bf16_last": 0.1}, set()),
+        ({"keep_bf16_last": 0, "skip": ["layers.1"]}, {1}),
+    ],
+)
+def test_blocks_by_count_fraction_or_name(build, settings, kept_blocks):
+    names = kept(build("nvfp4", **settings)) - {"lm_head"}
+    assert {int(name.split(".")[2]) for name in names} == kept_blocks and len(names) == 7 * len(kept_blocks)
+
+
+def test_a_skip_list_adds_to_the_output_head(build):
+    model = build("nvfp4", keep_bf16_last=0, skip=["mlp.down_proj"])
+    assert kept(model) == {f"model.layers.{i}.mlp.down_proj" for i in range(4)} | {"lm_head"}
+    reasons = {d.reason for d in model.nvfp4_decisions}
+    assert reasons == {"recipe nvfp4", "output head", "skip pattern 'mlp.down_proj'"}
+
+
+def test_tied_heads_odd_sizes_and_adapters_are_kept():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(64, 32)
+            self.good, self.odd, self.head = nn.Linear(32, 32), nn.Linear(32, 10), nn.Linear(32, 64, bias=False)
+            self.lora_A = nn.Linear(32, 16)
+            self.head.weight = self.embed.weight
+
+    model = Model()
+    reasons = {d.name: d.reason for d in quantize_model(model, NVFP4TrainingConfig())}
+    assert reasons == {
+        "good": "recipe nvfp4",
+        "odd": "out_features=10 is not a multiple of 16",
+        "head": "output head",
+        "lora_A": "LoRA adapter",
+    }
+    assert type(model.odd) is nn.Linear
+
+
+def test_subclasses_with_their_own_forward_are_kept():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class FalconLinear(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    model = nn.Sequential(Doubled(16, 16), FalconLinear(16, 16))
+    decisions = quantize_model(model, NVFP4TrainingConfig())
+    assert [d.converted for d in decisions] == [False, True]
+    assert "forward of its own" in decisions[0].reason
+
+
+def test_fused_experts_and_conv1d_are_listed_not_passed_over():
+    class TinyExperts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.zeros(2, 32, 16))
+
+    model = nn.ModuleDict({"experts": TinyExperts(), "proj": nn.Linear(16, 16)})
+    decisions = quantize_model(model, NVFP4TrainingConfig())
+    assert [(d.name, d.converted) for d in decisions] == [("experts", False), ("proj", True)]
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        (nn.ReLU(), {}, "has no linear layers"),
+        (nn.Linear(10, 10), {}, "nothing to convert: converted 0 of 1 linears.*not a multiple of 16"),
+        (nn.Sequential(nn.Linear(16, 16)), {"skip": ["lm_head"]}, "skip pattern 'lm_head' matches none of the 1"),
+    ],
+    ids=["no linears", "nothing converted", "pattern"],
+)
+def test_a_conversion_that_does_nothing_is_an_error(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, NVFP4TrainingConfig(**settings))
+
+
+def test_converting_twice_is_an_error(build):
+    with pytest.raises(ValueError, match=r"converted already \(recipe 'fp8'\)"):
+        quantize_model(build("fp8"), NVFP4TrainingConfig())
+
+
+def test_a_failed_conversion_changes_nothing(build):
+    model = build()
+    with pytest.raises(ValueError):
+        quantize_model(model, NVFP4TrainingConfig(skip=["nothing"]))
+    assert not any(isinstance(m, NVFP4Linear) for m in model.modules())
+    assert getattr(model.config, "quantization_config", None) is None
+
+
+def test_the_summary_names_few_and_counts_many(build):
+    decisions = build("nvfp4", keep_bf16_last=0).nvfp4_decisions
+    assert summary(decisions) == "converted 28 of 29 linears (lm_head: kept, output head)"
