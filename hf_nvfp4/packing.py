@@ -59,9 +59,7 @@ def train_tokenizer(documents: Iterable[str], vocabulary_size: int, max_characte
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary_size, special_tokens=[END, PAD], initial_alphabet=alphabet)
     bpe.train_from_iterator(_first_characters(documents, max_characters), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
@@ -97,7 +95,7 @@ def tokenize(documents: Iterable[str], tokenizer, label: str, limit: int | None 
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     pieces, count, text_bytes = [np.empty(0, dtype)], 0, 0
     total = 0
-    with tqdm(desc=label, unit="B", unit_scale=True, leave=False) as bar:
+    with tqdm(desc=label, unit="B", unit_scale=True, leave=False, disable=None) as bar:  # None: on terminals
         for text, ids in _encode(documents, tokenizer):
             if limit is not None and total >= limit:
                 break

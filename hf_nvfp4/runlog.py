@@ -81,16 +81,22 @@ class SafeTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            output_dir = Path(self.args.output_dir)
-            failed = output_dir / f"checkpoint-{self.state.global_step}"
+            failed = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            message = _failed_save(failed, error)
             if incomplete(failed):
                 shutil.rmtree(failed, ignore_errors=True)
-            whole, _ = find_checkpoint("auto", output_dir)
-            raise SaveError(
-                f"could not save {failed}: {error}. "
-                + (f"{whole} is intact: " if whole else "There is no earlier checkpoint. ")
-                + "make room, then run the same command with --resume_from_checkpoint auto."
-            ) from error
+            raise SaveError(message) from error
+
+
+def _failed_save(path: Path, error: Exception) -> str:
+    """What happened, what is left, what to do. torch.save does not say that a disk is full: the free space does."""
+    free = shutil.disk_usage(path.parent).free / 2**20
+    whole, _ = find_checkpoint("auto", path.parent)
+    intact = f"{whole} is intact" if whole else "There is no earlier checkpoint"
+    return (
+        f"could not save {path} ({free:,.0f} MiB free): {error}. {intact}. "
+        "Make room, then run the same command with --resume_from_checkpoint auto."
+    )
 
 
 # ---- The output folder -----------------------------------------------------------------------------------
@@ -127,12 +133,9 @@ def publish_model(trainer: Trainer, output_dir: Path) -> None:
     try:
         trainer.save_model(str(staging))
     except (OSError, RuntimeError, SafetensorError) as error:
+        message = _failed_save(staging, error)
         shutil.rmtree(staging, ignore_errors=True)
-        whole, _ = find_checkpoint("auto", output_dir)
-        raise SaveError(
-            f"could not save the trained model in {output_dir}: {error}. "
-            + (f"{whole} is intact; make room, then run again with --resume_from_checkpoint auto." if whole else "")
-        ) from error
+        raise SaveError(message) from error
     if trainer.is_world_process_zero():
         _move_in(staging, output_dir)
 

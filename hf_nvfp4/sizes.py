@@ -59,7 +59,7 @@ class Size:
 # Without the embeddings: 2.1M, 30M, 57M, 128M, 357M, 1.03B parameters.
 #              layers hidden inter. heads tied  vocab. seq. batch acc. steps    lr
 SIZES = {
-    "tiny": Size(4,   192,   640,   3, True,   4096,  256,   8,   1,   500, 3e-3, 40_000),
+    "tiny": Size(4,   192,   640,   3, True,   4096,  256,   4,   1,   400, 2e-3, 40_000),
     "30m":  Size(6,   640,  1792,   5, True,  16384,  512,  64,   1, 18000, 1.2e-3),
     "60m":  Size(8,   768,  2048,   6, True,  16384,  512,  64,   2, 17000, 1e-3),
     "125m": Size(10, 1024,  2816,   8, True,  32768, 1024,  32,   8, 10000, 8e-4),

@@ -272,6 +272,8 @@ def announce(args: Arguments) -> None:
         backend = backend_name(config.backend, config.recipe, device)
     name = runlog.describe_device(device, 1)["name"]
     args.say(f"device {device} ({name}), backend {backend}, recipe {config.recipe.name}")
+    if not args.training.bf16 and not args.training.fp16:
+        args.say("autocast is off: what is not converted computes in FP32 (the default on a CPU without BF16; --bf16)")
 
 
 def find_start(args: Arguments) -> Path | None:
@@ -342,5 +344,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (InputError, runlog.SaveError, FloatingPointError) as error:
+    except (InputError, runlog.SaveError, FloatingPointError, OSError) as error:
         sys.exit(f"train.py: {error}")

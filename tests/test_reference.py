@@ -257,3 +257,12 @@ def test_shapes_dtypes_and_repr():
     f = quantize(torch.randn(32, 200), Cast("fp8_e4m3_block"))
     assert f.codes.shape == (32, 200) and f.scales.shape == (32, 2) and f.scales.dtype == torch.float32
     assert f.dequantize(torch.bfloat16).shape == (32, 200)
+
+
+def test_ranks_seeded_alike_draw_different_numbers(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    seeds = []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        seeds.append(draw_seed(torch.device("cpu"), torch.Generator().manual_seed(3)))
+    assert torch.equal(seeds[0], seeds[2]) and not (seeds[0] == seeds[1]).any()

@@ -79,7 +79,7 @@ def test_resume_is_bit_exact(build, trainer, tmp_path, schedule):
 
 def test_the_loss_falls_and_every_recipe_trains(build, trainer):
     for recipe in ("bf16", "fp8", "fp8_tensor", "nvfp4"):
-        run = trainer(build(recipe), max_steps=30)
+        run = trainer(build(recipe), max_steps=40, per_device_train_batch_size=16, learning_rate=3e-3)
         run.train()
         losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
         assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), recipe
@@ -90,6 +90,18 @@ def test_gradient_checkpointing_trains_to_the_same_weights(build, trainer):
     trainer(plain).train()
     trainer(checkpointed, gradient_checkpointing=True).train()
     assert equal(weights(plain), weights(checkpointed))
+
+
+def test_trainer_compiles_through_the_switch(build, trainer):
+    """Two graphs: before and after. aot_eager traces as inductor does, without its minutes of code generation."""
+    losses = []
+    for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        model = build("fp8_tensor")
+        run = trainer(model, [PrecisionSchedule(0.5)], learning_rate=1e-3, **arguments)
+        run.train()
+        assert precision_of(model) == {"fp8_tensor, all in bf16"}
+        losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
 
 
 def precision_of(model):

@@ -62,6 +62,7 @@ def flags(folder, tmp_path):
         "disable_tqdm": True,
         "output_dir": tmp_path / "run",
         "use_cpu": True,
+        "bf16": True,
     }
 
     def make(*more: str, **changed) -> list[str]:
@@ -96,6 +97,13 @@ def test_json_file(tmp_path):
     args = parse("--config", str(config))
     assert args.model.recipe == "fp8" and args.data.train_file == ["a.txt"]
     assert args.training.output_dir == "runs/fp8"
+
+
+def test_no_autocast_by_default_on_a_cpu_without_bf16(monkeypatch):
+    for able in (True, False):
+        monkeypatch.setattr("hf_nvfp4.options.cpu_multiplies_bf16", lambda able=able: able)
+        assert parse("--use_cpu").training.bf16 is able
+        assert parse("--use_cpu", "--bf16").training.bf16
 
 
 def test_epochs_replace_the_default_steps():
