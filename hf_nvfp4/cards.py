@@ -169,7 +169,7 @@ def limits(variants: list[Variant]) -> list[str]:
     ]
     if not run.record["model"].get("from_checkpoint") and tokens / parameters < _OPTIMAL_TOKENS:
         said.append(
-            f"That is {tokens / parameters:.1f} tokens a parameter; compute-optimal training takes about "
+            f"That is {tokens / parameters:.2g} tokens a parameter; compute-optimal training takes about "
             f"{_OPTIMAL_TOKENS}. The losses would still fall, and the gaps may change."
         )
     if parameters < _PAPER_PARAMETERS:

@@ -133,6 +133,8 @@ def precision(model, name: str) -> contextlib.AbstractContextManager:
 def precision_detail(model) -> str:
     """In which arithmetic `model` runs now, in words."""
     linears = _converted(model)
+    if not linears and (other := getattr(model.config, "quantization_config", None)):
+        return f"{getattr(other, 'quant_method', 'other')} quantization, not hf_nvfp4's; all else {_plain(model.dtype)}"
     if not linears:
         return f"plain model without an hf_nvfp4 configuration, {_plain(model.dtype)} throughout"
     ways = {(x.eval_recipe.name, backend_name(x.backend, x.eval_recipe, x.weight.device)) for x in linears}

@@ -74,7 +74,6 @@ DEFAULTS = {  # where those of TrainingArguments do not suit pretraining
     "adam_beta2": 0.95,
     "weight_decay": 0.1,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,
     "logging_steps": 10,
     "logging_nan_inf_filter": False,  # StopOnNonFinite must see them
     "eval_strategy": "steps",
@@ -83,7 +82,12 @@ DEFAULTS = {  # where those of TrainingArguments do not suit pretraining
     "save_total_limit": 2,
     "report_to": "none",
 }
-CHECKPOINT_DEFAULTS = {"num_train_epochs": 1, "learning_rate": 2e-5, "sequence_length": 1024}
+CHECKPOINT_DEFAULTS = {
+    "num_train_epochs": 1,
+    "learning_rate": 2e-5,
+    "warmup_steps": 0.1,
+    "sequence_length": 1024,
+}
 
 
 def parse_arguments(argv: list[str], about: str) -> Arguments:

@@ -6,6 +6,7 @@ Knows strings and tokens; where the strings come from is data.py's, models are n
 import hashlib
 import itertools
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -59,7 +60,12 @@ def train_tokenizer(documents: Iterable[str], vocabulary_size: int, max_characte
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary_size, special_tokens=[END, PAD], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END, PAD],
+        initial_alphabet=alphabet,
+        show_progress=sys.stderr.isatty(),
+    )
     bpe.train_from_iterator(_first_characters(documents, max_characters), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False

@@ -51,7 +51,7 @@ def _styles(variants: list[Variant]) -> dict[str, tuple[str, str]]:
 def _legend_entry(variant: Variant, compared: list[Variant], colour: str, marker: str) -> Line2D:
     base = base_of(compared, "bf16")
     found = None if variant is base else gaps(variant, base)
-    text = f" ({spread(found, 2, '+')} % at the end)" if found else ""
+    text = f" ({spread(found, 2, '+')} % in validation)" if found else ""
     if variant not in compared:
         text = " (not comparable)"
     return Line2D([], [], color=colour, marker=marker, markersize=5, label=variant.label + text)
@@ -87,7 +87,7 @@ def _draw_losses(axes, variants: list[Variant], styles: dict) -> None:
             shown.append((np.interp(tokens[-1] / 10, tokens, losses.max(0)), losses.min()))
         tokens, losses = _curve(variant, "validation", smoothed=False)
         if losses.size:
-            size = max(8 - 1.7 * place, 3)  # smaller ones on top, so that coinciding ones all show
+            size = max(9 - 2 * place, 3)  # smaller ones on top, so that coinciding ones all show
             axes.plot(tokens, losses.mean(0), marker, color=colour, markersize=size, markeredgecolor="white")
             shown.append((losses.min(), losses.min()))
         _mark_switch(axes, variant, colour)

@@ -202,7 +202,7 @@ def spread(values: list[float] | None, digits: int = 4, sign: str = "") -> str:
 def training_table(variants: list[Variant]) -> str:
     """Losses, gaps, speed and memory, one variant a line."""
     bases = {recipe: base_of(variants, recipe) for recipe in BASES}
-    header = ["run", "validation loss", "gap to bf16", "gap to fp8", "loss scored in bf16", "gap to bf16"]
+    header = ["run", "validation loss", "gap to bf16", "gap to fp8", "scored in bf16", "gap, scored in bf16"]
     rows = []
     for variant in variants:
         cells = [spread(variant.values("final.validation_loss"))]
@@ -236,6 +236,7 @@ def training_notes(variants: list[Variant]) -> list[str]:
             notes.append(f"{variant.label} also differs from {variants[0].label} in {'; '.join(found)}.")
     ways = dict.fromkeys(variant.first.get("final.validation_precision") for variant in variants)
     notes.append(f"Validation loss: nats a token, in {'; '.join(ways)}.")
+    notes.append("Scored in bf16: the same weights, all GEMMs in BF16 (as the NVFP4 paper scores).")
     notes.append("A gap is loss / base loss − 1; above zero is worse.")
     if base_of(variants, "bf16") is None:
         notes.append("No BF16 run was given, so there is no gap to it.")

@@ -21,6 +21,7 @@ class Size:
     accumulation: int  # forward passes a step
     steps: int
     learning_rate: float
+    warmup: float = 0.1  # fraction of the steps
     validation_tokens: int = 1_000_000  # at most
 
     def training_defaults(self) -> dict:
@@ -33,6 +34,7 @@ class Size:
             "gradient_accumulation_steps": self.accumulation,
             "max_steps": self.steps,
             "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup,
             "max_validation_tokens": self.validation_tokens,
         }
 
@@ -50,7 +52,7 @@ class Size:
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             tie_word_embeddings=self.tied,
-            max_position_embeddings=max(2048, sequence_length),
+            max_position_embeddings=sequence_length,  # what it was trained for, and lm-eval's windows
             use_cache=True,
             **special_tokens,
         )
@@ -59,7 +61,7 @@ class Size:
 # Without the embeddings: 2.1M, 30M, 57M, 128M, 357M, 1.03B parameters.
 #              layers hidden inter. heads tied  vocab. seq. batch acc. steps    lr
 SIZES = {
-    "tiny": Size(4,   192,   640,   3, True,   4096,  256,   4,   1,   400, 2e-3, 40_000),
+    "tiny": Size(4,   192,   640,   3, True,   4096,  256,   4,   1,   400, 3e-3, 0.3, 40_000),
     "30m":  Size(6,   640,  1792,   5, True,  16384,  512,  64,   1, 18000, 1.2e-3),
     "60m":  Size(8,   768,  2048,   6, True,  16384,  512,  64,   2, 17000, 1e-3),
     "125m": Size(10, 1024,  2816,   8, True,  32768, 1024,  32,   8, 10000, 8e-4),

@@ -113,15 +113,11 @@ def headline(args: argparse.Namespace) -> str:
     parts = [f"device {info['type']} ({info['name']}, {info['threads']} threads)", f"dtype {args.dtype}"]
     for model in args.models:
         try:
-            stored = evaluation.stored_recipe(model)
+            recipe, backend = evaluation.stored_recipe(model) or (None, None)
+            runs = f"recipe {recipe.name}, backend {backend_name(backend, recipe, device)}" if recipe else "plain model"
         except (OSError, ValueError):
-            parts.append(f"{model}: unreadable")
-            continue
-        if stored is None:
-            parts.append(f"{model}: plain model")
-        else:
-            recipe, backend = stored
-            parts.append(f"{model}: recipe {recipe.name}, backend {backend_name(backend, recipe, device)}")
+            runs = "cannot be loaded"  # why: at the end
+        parts.append(f"{model}: {runs}")
     return " · ".join(parts)
 
 

@@ -20,7 +20,17 @@ ALLOWED = {
     "convert": {"backends", "gemm", "linear", "recipes"},
     "schedule": {"convert", "linear", "recipes"},
     "integration": {"convert", "linear", "recipes"},
-    "report": set(),
+    "data": set(),
+    "sizes": set(),
+    "packing": {"data"},
+    "options": {"data", "sizes"},
+    "runlog": {"data"},
+    "tasks": {"data"},
+    "scores": set(),
+    "evaluation": {"gemm", "integration", "linear", "recipes", "scores"},
+    "report": {"scores"},
+    "plots": {"report"},
+    "cards": {"report", "scores"},
 }
 
 
@@ -40,6 +50,15 @@ def test_a_module_imports_only_what_stands_below_it(module):
     files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
     for file in files:
         assert _imports(file) <= ALLOWED[module], file
+
+
+def test_every_module_has_its_place():
+    modules = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if not p.name.startswith("_")}
+    assert modules == set(ALLOWED)
+
+
+def test_reports_need_no_torch():
+    assert _python("import sys, hf_nvfp4.cards, hf_nvfp4.plots; print('torch' in sys.modules)") == "False"
 
 
 def test_only_the_integration_subclasses_transformers_quantizers():

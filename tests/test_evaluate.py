@@ -201,6 +201,29 @@ def test_a_group_is_aggregated_as_lm_eval_does(folders, task_folder):
         assert list(scores.Scores(Path(), {"tasks": record}).tasks) == [name]  # its tasks are inside
 
 
+def test_groups_are_compared_task_by_task(tmp_path):
+    hits = {"base": {"a": [1, 0, 0, 0, 1], "b": [0, 1, 0]}, "ours": {"a": [1, 1, 0, 1, 1], "b": [0, 1, 1]}}
+    metric = {"higher_is_better": True, "aggregation": "mean"}
+    tasks = {task: {"metrics": {"acc": metric}} for task in "ab"}
+    tasks["both"] = {"metrics": {"acc": metric | {"weights": {"a": 5 / 8, "b": 3 / 8}}}, "subtasks": ["a", "b"]}
+    base, ours = (
+        scores.write_scores(
+            tmp_path / f"{name}.json",
+            {"name": name, "tasks": tasks},
+            [
+                {"task": task, "doc_id": i, "hash": f"{task}{i}", "metrics": {"acc": hit}}
+                for task, items in results.items()
+                for i, hit in enumerate(items)
+            ],
+        )
+        for name, results in hits.items()
+    )
+    value, error = scores.compare(ours, base, "both", "acc")
+    assert value == pytest.approx((6 - 3) / 8)
+    # Differences 0 1 0 1 0 and 0 0 1: variances 0.3 and 1/3 of the items, over 5 and 3 items.
+    assert error == pytest.approx(math.sqrt((5 / 8) ** 2 * 0.3 / 5 + (3 / 8) ** 2 / 3 / 3))
+
+
 def test_outputs_that_are_not_finite_are_an_error(folders, task_folder):
     model, tokenizer = load(folders, "plain")
     with torch.no_grad():

@@ -130,7 +130,9 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
 """
 
 
-@pytest.mark.parametrize("before", ["", "import transformers.quantizers", "import hf_nvfp4"], ids=["plain", "late", "ours"])
+@pytest.mark.parametrize(
+    "before", ["", "import transformers.quantizers", "import hf_nvfp4"], ids=["plain", "late", "ours"]
+)
 def test_a_process_that_never_imported_us_loads_nvfp4(build, tmp_path, before):
     build("nvfp4").save_pretrained(tmp_path)
     child = subprocess.run(
@@ -177,7 +179,8 @@ def test_gradient_checkpointing_changes_nothing(build, device, reentrant):
 def test_lora_on_top_trains_only_the_adapters(build, device):
     peft = pytest.importorskip("peft")
     model = build("nvfp4").to(device)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    lora = peft.LoraConfig(r=16, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, lora)
     assert len(quantized_linears(adapted)) == 21
     _, gradients = loss_and_gradients(adapted)
     assert gradients and all("lora_" in name for name in gradients)

@@ -226,20 +226,20 @@ def test_all_zero_and_underflowing_blocks_have_scale_zero():
 
 
 @pytest.mark.parametrize(
-    ("x", "cast", "error", "message"),
+    ("shape", "dtype", "cast", "error", "message"),
     [
-        (torch.randn(2, 17), Cast(), ValueError, "K of 16; this tensor is 2×17"),
-        (torch.randn(8, 32), Cast(square=True), ValueError, "M a multiple of 16"),
-        (torch.randn(32), Cast(), ValueError, "2-D tensor"),
-        (torch.empty(0, 16), Cast(), ValueError, "non-empty"),
-        (torch.ones(2, 16, dtype=torch.int8), Cast(), TypeError, "float32, bfloat16 or float16"),
-        (torch.randn(2, 16), Cast("bf16"), ValueError, "x.to"),
+        ((2, 17), torch.float32, Cast(), ValueError, "K of 16; this tensor is 2×17"),
+        ((8, 32), torch.float32, Cast(square=True), ValueError, "M a multiple of 16"),
+        ((2, 16), torch.float32, Cast(hadamard=32), ValueError, "K of 32"),
+        ((32,), torch.float32, Cast(), ValueError, "2-D tensor"),
+        ((0, 16), torch.float32, Cast(), ValueError, "non-empty"),
+        ((2, 16), torch.int8, Cast(), TypeError, "float32, bfloat16 or float16"),
+        ((2, 16), torch.float32, Cast("bf16"), ValueError, "x.to"),
     ],
-    ids=str,
 )
-def test_bad_input_is_refused_with_a_sentence(x, cast, error, message):
+def test_bad_input_is_refused_with_a_sentence(shape, dtype, cast, error, message):
     with pytest.raises(error, match=message):
-        quantize(x, cast)
+        quantize(torch.ones(shape, dtype=dtype), cast)
 
 
 def test_a_generator_makes_draws_repeatable():

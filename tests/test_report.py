@@ -4,6 +4,8 @@ import importlib.util
 import json
 import math
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -323,7 +325,7 @@ def test_card_says_what_was_done_and_its_limits(three, tmp_path):
     make_scores(three[2].first.path, [1, 0, 1])
     text = card_of(report.read_variants([variant.first.path for variant in three])).text
     assert "3.0M parameters" in text and "204.8K tokens" in text and "1.5 minutes" in text
-    assert "0.1 tokens a parameter" in text and "One seed each" in text and "order 3" in text
+    assert "0.068 tokens a parameter" in text and "One seed each" in text and "order 3" in text
     assert "emulated for fp8 (backend bf16), nvfp4 (backend bf16)" in text
     assert "output head: `lm_head`" in text and "![Loss" in text and "(loss.png)" in text
     assert "python scripts/train.py --recipe nvfp4 --seed 1" in text and "Test CPU" in text
@@ -391,3 +393,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path, monkeypatch)
         write_atomically(path, b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["table.md"]
     assert path.read_bytes() == b"old"
+
+
+def test_reports_do_without_torch():
+    code = "import sys; from hf_nvfp4 import cards, plots, report; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
