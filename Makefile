@@ -21,7 +21,7 @@ quickstart: install
 	for recipe in $(RECIPES); do \
 		$(BIN)/python scripts/train.py --recipe $$recipe --output_dir $(RUNS)/$$recipe --overwrite_output_dir || exit 1; \
 	done
-	$(BIN)/python scripts/evaluate.py $(RECIPES:%=$(RUNS)/%)
+	$(BIN)/python scripts/evaluate.py $(RECIPES:%=$(RUNS)/%) --precision as-trained bf16
 	$(BIN)/python scripts/report.py $(RECIPES:%=$(RUNS)/%) --output $(RUNS)
 
 # Many small tensors: one thread a process is fastest, and two processes use both cores.

@@ -9,12 +9,14 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+import threading
 import warnings
 
-_TARGET = "transformers.quantizers"
+# The second is for programs that import the first before torch: it is half imported when torch calls us.
+_TARGETS = ("transformers.quantizers", "transformers.modeling_utils")
 
 
-def _register() -> None:
+def _register() -> bool:
     """Import our integration module; a failure becomes a warning that says what it costs."""
     try:
         importlib.import_module("hf_nvfp4.integration")
@@ -24,31 +26,55 @@ def _register() -> None:
             "trained in NVFP4 would load as plain high-precision models in this process.",
             stacklevel=2,
         )
+        return False
+    return True
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Lets the other finders load the target, and registers once it has been executed."""
+class _Loader(importlib.abc.Loader):
+    """The target's own loader, and then us."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        self._loader.exec_module(module)
+        if _register():
+            _disarm()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds a target as the other finders do, with our loader around its own."""
+
+    _searching = threading.local()
 
     def find_spec(self, fullname, path, target=None):
-        if fullname != _TARGET:
+        if fullname not in _TARGETS or getattr(self._searching, "now", False):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            _register()
-
-        spec.loader.exec_module = exec_module
+        self._searching.now = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._searching.now = False
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
         return spec
+
+
+def _disarm() -> None:
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
 
 
 def install() -> None:
     """Register now if Transformers' quantizers are loaded, else as soon as they are."""
-    if _TARGET in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    module = sys.modules.get(_TARGETS[0])
+    loaded = module is not None and not getattr(module.__spec__, "_initializing", False)
+    if loaded and _register():
+        return
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

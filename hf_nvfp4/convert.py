@@ -14,6 +14,8 @@ from hf_nvfp4.recipes import Recipe, check_block_count
 
 # Subclasses of nn.Linear whose own forward computes the same thing.
 _LINEAR_FORWARDS = ("FalconLinear",)
+# Heads that get_output_embeddings does not name: of classifiers, and of models that are not Transformers'.
+_HEAD_NAMES = ("lm_head", "score", "classifier")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def decide(model: nn.Module, choice: Choice) -> list[Decision]:
     for name, module in candidates.items():
         reason = (
             ("output head" if module in heads else None)
-            or _unconvertible(name, module)
+            or _unconvertible(name, module, choice.recipe)
             or _kept_by_user(name, choice)
             or _kept_block(blocks.get(name), choice)
         )
@@ -93,20 +95,25 @@ def _is_linear_like(module: nn.Module) -> bool:
 def _output_heads(model: nn.Module) -> set[nn.Module]:
     """The output head, and any linear layer that shares its weight with an embedding."""
     get_head = getattr(model, "get_output_embeddings", None)
-    heads = {get_head()} if get_head else set()
+    head = get_head() if get_head else None
+    heads = set() if head is None else set(head.modules())  # all of them: PEFT wraps the head
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return heads | {m for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in embeddings}
+    tied = {m for m in model.modules() if type(m) is nn.Linear and id(m.weight) in embeddings}
+    named = {m for name, m in model.named_modules() if name.rpartition(".")[2] in _HEAD_NAMES}
+    return heads | tied | named
 
 
-def _unconvertible(name: str, module: nn.Module) -> str | None:
+def _unconvertible(name: str, module: nn.Module, recipe: Recipe) -> str | None:
     kind = type(module)
     if any(part.startswith("lora_") for part in name.split(".")):
         return "LoRA adapter"
     if not isinstance(module, nn.Linear):
         return "fused experts are not converted yet" if kind.__name__ != "Conv1D" else "Conv1D is not converted yet"
-    if kind.forward is not nn.Linear.forward and kind.__name__ not in _LINEAR_FORWARDS:
-        return f"{kind.__name__} has a forward of its own"
-    return unsuitable(module)
+    if kind is not nn.Linear and kind.__name__ not in _LINEAR_FORWARDS:
+        return f"{kind.__name__} is a subclass of nn.Linear that may compute something else"
+    if "forward" in vars(module):
+        return "its forward is replaced on the instance (a hook of Accelerate's?); convert before dispatching"
+    return unsuitable(module, recipe)
 
 
 def _kept_by_user(name: str, choice: Choice) -> str | None:
@@ -156,8 +163,10 @@ def summary(decisions: list[Decision]) -> str:
     return f"{line} ({'; '.join(groups)})" if groups else line
 
 
-def convert(model: nn.Module, choice: Choice) -> list[Decision]:
+def convert(model: nn.Module, choice: Choice, high_precision: str | None = None) -> list[Decision]:
     """Decide, convert in place, print the summary. The list is also kept as `model.nvfp4_decisions`.
+
+    high_precision: as `NVFP4Linear.set_recipe` takes it.
 
     Raises:
         ValueError: as `decide`; or the model is converted already; or no backend runs the recipe there.
@@ -172,12 +181,12 @@ def convert(model: nn.Module, choice: Choice) -> list[Decision]:
     modules = dict(model.named_modules())
     converted = [modules[d.name] for d in decisions if d.converted]
     device = converted[0].weight.device
-    line = f"{summary(decisions)}; recipe {choice.recipe.name}"
+    for linear in converted:
+        NVFP4Linear.convert(linear, choice.recipe, choice.backend, high_precision)
+    line = f"{summary(decisions)}; recipe {converted[0].train_recipe.name}"
     if device.type != "meta":
         backend = backend_name(choice.backend, choice.recipe, device)
         line += f", backend {backend}: {BACKENDS[backend].exactness(choice.recipe)}"
-    for linear in converted:
-        NVFP4Linear.convert(linear, choice.recipe, choice.backend)
     model.nvfp4_decisions = decisions
     if os.environ.get("RANK", "0") == "0":
         print(f"hf_nvfp4: {line}", flush=True)

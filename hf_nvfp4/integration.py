@@ -4,13 +4,14 @@ Importing this module registers both under `nvfp4_training`. The weights stay pl
 own names, so Transformers need not know anything after loading: the quantizer detaches itself.
 """
 
+import copy
 import dataclasses
 
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_nvfp4.convert import Choice, Decision, convert, set_high_precision
+from hf_nvfp4.convert import Choice, Decision, convert
 from hf_nvfp4.recipes import GEMM_CHOICES, Recipe, get_recipe, unknown
 
 QUANT_METHOD = "nvfp4_training"
@@ -54,7 +55,7 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
         self.recipe = get_recipe(recipe)
         self.backend = backend
-        self.skip = (skip,) if isinstance(skip, str) else tuple(skip)
+        self.skip = _patterns(skip)
         self.keep_bf16_first = keep_bf16_first
         self.keep_bf16_last = keep_bf16_last
         self.high_precision = high_precision
@@ -90,6 +91,13 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
         return isinstance(other, NVFP4TrainingConfig) and self.to_dict() == other.to_dict()
 
     __hash__ = None
+
+
+def _patterns(skip) -> tuple[str, ...]:
+    patterns = [skip] if isinstance(skip, str) else skip
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+        raise ValueError(f"skip={skip!r}: give a list of names or patterns of layers, such as ['mlp.down_proj']")
+    return tuple(patterns)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -129,10 +137,7 @@ class NVFP4TrainingQuantizer(HfQuantizer):
 
 
 def _convert(model, config: NVFP4TrainingConfig) -> list[Decision]:
-    decisions = convert(model, config.choice())
-    if config.high_precision is not None:
-        set_high_precision(model, config.high_precision)
-    return decisions
+    return convert(model, config.choice(), config.high_precision)
 
 
 def quantize_model(model, config: NVFP4TrainingConfig) -> list[Decision]:
@@ -142,7 +147,7 @@ def quantize_model(model, config: NVFP4TrainingConfig) -> list[Decision]:
 
     Args:
         model: a model on any device; its parameters keep their names, dtypes and values.
-        config: how; ends up as `model.config.quantization_config` if the model has a config.
+        config: how; a copy becomes `model.config.quantization_config` if the model has a config.
 
     Returns:
         A `Decision` for every linear layer, also printed as one line.
@@ -155,7 +160,7 @@ def quantize_model(model, config: NVFP4TrainingConfig) -> list[Decision]:
         raise ValueError(f"config is a {type(config).__name__}; pass hf_nvfp4.NVFP4TrainingConfig(...)")
     decisions = _convert(model, config)
     if hasattr(model, "config"):
-        model.config.quantization_config = config
+        model.config.quantization_config = copy.deepcopy(config)  # PrecisionSchedule writes into the model's
     return decisions
 
 
@@ -169,8 +174,8 @@ def _reconcile(saved: NVFP4TrainingConfig, passed: NVFP4TrainingConfig) -> NVFP4
     if different:
         shown = "; ".join(f"{key}: checkpoint {_show(saved, key)}, passed {_show(passed, key)}" for key in different)
         raise ValueError(
-            f"the checkpoint has a quantization_config that differs from the one passed ({shown}). Leave "
-            "quantization_config out to load it as it was trained; or replace it on purpose: "
+            f"the checkpoint has a quantization_config that differs from the one passed ({shown}; what is not given "
+            "has its default). Leave quantization_config out to load it as it was trained; or replace it on purpose: "
             "config = AutoConfig.from_pretrained(...); config.quantization_config = NVFP4TrainingConfig(...); "
             "from_pretrained(..., config=config)."
         )

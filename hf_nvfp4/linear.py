@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hf_nvfp4.gemm import backend_for, backend_name, cast, check_backend, multiply
 from hf_nvfp4.recipes import Recipe, get_recipe
@@ -38,6 +39,7 @@ class LinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         """dy: [T, N]; returns dx in x's dtype, dw and db in their parameters' dtypes."""
         weight, *x_col = ctx.saved_tensors
@@ -91,26 +93,31 @@ class NVFP4Linear(nn.Linear):
 
         high_precision: the GEMMs that run in BF16 all the same: "all", "forward", or None.
         """
-        if reason := unsuitable(self):
+        recipe = get_recipe(recipe)
+        if reason := unsuitable(self, recipe):
             raise ValueError(f"{self.in_features}→{self.out_features}: {reason}; use nn.Linear for this layer")
         if backend is not None:
             check_backend(backend)
             self.backend = backend
-        self.recipe = get_recipe(recipe)
+        self.recipe = recipe
         self.high_precision = high_precision
         self.train_recipe = self.recipe if high_precision is None else self.recipe.in_bf16(high_precision)
         self.eval_recipe = self.train_recipe.per_token()
 
     @classmethod
-    def convert(cls, linear: nn.Linear, recipe: str | Recipe, backend: str = "auto") -> "NVFP4Linear":
+    def convert(
+        cls, linear: nn.Linear, recipe: str | Recipe, backend: str = "auto", high_precision: str | None = None
+    ) -> "NVFP4Linear":
         """Turn `linear` into an NVFP4Linear in place: same object, same Parameters, same hooks."""
         linear.__class__ = cls
-        linear.set_recipe(recipe, backend)
+        linear.set_recipe(recipe, backend, high_precision)
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] of any rank and number of tokens -> [..., out_features]."""
         device = x.device.type
+        if not x.is_floating_point():
+            raise TypeError(f"NVFP4Linear takes floating-point inputs, not {x.dtype}")
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         recipe = self.train_recipe if self.training else self.eval_recipe
@@ -128,11 +135,14 @@ class NVFP4Linear(nn.Linear):
         return f"{super().extra_repr()}, recipe={self.train_recipe.name!r}, backend={backend!r}"
 
 
-def unsuitable(linear: nn.Linear) -> str | None:
-    """Why a linear layer's shape keeps it in high precision, or None."""
-    for name, size in (("in_features", linear.in_features), ("out_features", linear.out_features)):
+def unsuitable(linear: nn.Linear, recipe: Recipe) -> str | None:
+    """Why a linear layer's shape keeps it in high precision under a recipe, or None."""
+    sizes = {"in_features": (linear.in_features, recipe.fprop), "out_features": (linear.out_features, recipe.dgrad)}
+    for name, (size, gemm) in sizes.items():
         if size % 16 or size == 0:
             return f"{name}={size} is not a multiple of 16"
+        if gemm.a.hadamard and size % gemm.a.hadamard:
+            return f"{name}={size} is not a multiple of the recipe's Hadamard size {gemm.a.hadamard}"
     return None
 
 

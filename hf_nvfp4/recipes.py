@@ -30,6 +30,8 @@ def unknown(kind: str, name: object, known) -> ValueError:
 
 
 def _from_dict(cls, values: dict, kind: str):
+    if not isinstance(values, dict):
+        raise ValueError(f"a {kind} is an object with fields; got {values!r}")
     names = [field.name for field in dataclasses.fields(cls)]
     for key in values:
         if key not in names:
@@ -200,7 +202,7 @@ class Recipe:
 
 def check_block_count(name: str, value: int | float) -> None:
     """ValueError unless `value` is a count >= 0 or a fraction in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise ValueError(f"{name}={value!r}: give a number of blocks (int) or a fraction of them (float in [0, 1))")
     if isinstance(value, float) and value >= 1:
         raise ValueError(f"{name}={value!r} is a fraction of the blocks and must be below 1; for a count, pass an int")
@@ -223,7 +225,7 @@ def get_recipe(recipe: "str | dict | Recipe") -> Recipe:
         return recipe
     if isinstance(recipe, dict):
         return Recipe.from_dict(recipe)
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise unknown("recipe", recipe, RECIPES)
     return RECIPES[recipe]
 
@@ -257,7 +259,7 @@ for _recipe in (
         keep_bf16_last=0.154,
         source=f"{_PAPER}, with 17/16 headroom for the gradients' scales, so that none saturates",
     ),
-    # The first block and the last two of the paper's 52 stay in BF16: none in a model of 12 blocks.
+    # The first block and the last two of the paper's 52 stay in BF16: none in a model of fewer than 14 blocks.
     Recipe(
         "fp8",
         fprop=(FP8, FP8_2D),

@@ -3,8 +3,9 @@
 Knows formats and casts; knows nothing of layers, gradients or backends. Runs on any device and compiles.
 The order of operations is that of NVIDIA's Transformer Engine (arXiv 2509.25149, appendix), all in FP32.
 
-Non-finite values are never hidden. NaN or inf anywhere in a tensor makes its tensor scale NaN or inf (for
-formats with block scales only: that block's scale), so that everything dequantized with it is NaN or inf.
+Non-finite values are never hidden. NaN or inf anywhere under a scale makes that scale NaN or inf (the tensor's,
+the row's where rows have their own, the block's where there is none above it), so that everything dequantized
+with it is NaN or inf.
 """
 
 import math
@@ -143,6 +144,8 @@ def rotate(x: Tensor, size: int) -> Tensor:
 
     Sign first, then H / sqrt(size); a GEMM whose two operands are both rotated is unchanged but for rounding.
     """
+    if x.shape[-1] % size:
+        raise ValueError(f"a Hadamard transform of size {size} does not divide the last dimension of {tuple(x.shape)}")
     return (x.float().reshape(-1, size) @ _hadamard(size, x.device)).bfloat16().reshape(x.shape)
 
 

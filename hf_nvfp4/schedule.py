@@ -82,7 +82,10 @@ class StopOnNonFinite(TrainerCallback):
             self._stop(", ".join(bad), args, state, model, train_dataloader)
 
     def _stop(self, what, args, state, model, dataloader):
-        where = find_non_finite(model, _first_batch(dataloader), torch.bfloat16 if args.bf16 else None)
+        try:
+            where = find_non_finite(model, _first_batch(dataloader), torch.bfloat16 if args.bf16 else None)
+        except Exception as error:  # whatever it is, it must not hide what happened
+            where = f"the diagnostic pass failed ({type(error).__name__}: {error})"
         raise FloatingPointError(
             f"training stopped at step {state.global_step}: {what}. Diagnosis: {where}. The checkpoints saved so far "
             "are untouched; lower the learning rate, look at the data, or keep that layer in high precision (skip=...)."
@@ -90,8 +93,15 @@ class StopOnNonFinite(TrainerCallback):
 
 
 def _all_finite(tensors: list[torch.Tensor]) -> bool:
-    norms = torch._foreach_norm([t.to_local() if hasattr(t, "to_local") else t for t in tensors])
-    return bool(torch.stack([n.float().to(norms[0].device) for n in norms]).isfinite().all())
+    """Whether all elements are finite, on every rank: all of them stop together or none does."""
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    # The largest magnitude: a sum of squares overflows on finite numbers.
+    largest = torch._foreach_norm([t for t in local if t.numel()], float("inf"))
+    finite = torch.stack([n.float().to(largest[0].device) for n in largest]).isfinite().all()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        finite = finite.int()
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    return bool(finite)
 
 
 def _first_batch(dataloader):

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, de
 
 import hf_nvfp4
 from hf_nvfp4 import packing, runlog
-from hf_nvfp4.convert import summary
+from hf_nvfp4.convert import set_high_precision, summary
 from hf_nvfp4.data import InputError, load_corpus
 from hf_nvfp4.gemm import backend_name
 from hf_nvfp4.linear import quantized_linears
@@ -48,7 +48,10 @@ def quantization(model: ModelArguments):
     given = {name: getattr(model, name) for name in ("recipe", "backend", "skip")}
     given |= {name: count_or_fraction(name, getattr(model, name)) for name in ("keep_bf16_first", "keep_bf16_last")}
     given = {name: value for name, value in given.items() if value is not None}
-    return hf_nvfp4.NVFP4TrainingConfig(**given) if given or not saved_quantization(model) else None
+    saved = saved_quantization(model)
+    if saved and not given:
+        return None
+    return hf_nvfp4.NVFP4TrainingConfig(**((saved.to_dict() if saved else {}) | given))
 
 
 def count_or_fraction(name: str, text: str | None) -> int | float | None:
@@ -80,6 +83,9 @@ def build_model(args: Arguments, tokenizer):
     if model.model_name_or_path:
         also = {"quantization_config": config} if config else {}
         network = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, dtype=torch.float32, **also)
+        if network.config.quantization_config.high_precision:
+            set_high_precision(network, None)
+            args.say("the checkpoint was saved after a switch to BF16; this run starts in the recipe again")
     else:
         network = AutoModelForCausalLM.from_config(new_config(args, tokenizer), dtype=torch.float32)
     rows = network.get_input_embeddings().num_embeddings

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_nvfp4 import NVFP4Linear, NVFP4TrainingConfig, quantize_model
-from hf_nvfp4.convert import matches, summary
+from hf_nvfp4 import Cast, NVFP4Linear, NVFP4TrainingConfig, Recipe, quantize_model
+from hf_nvfp4.convert import matches, set_high_precision, summary
 
 
 def kept(model):
@@ -100,7 +100,50 @@ def test_subclasses_with_their_own_forward_are_kept():
     model = nn.Sequential(Doubled(16, 16), FalconLinear(16, 16))
     decisions = quantize_model(model, NVFP4TrainingConfig())
     assert [d.converted for d in decisions] == [False, True]
-    assert "forward of its own" in decisions[0].reason
+    assert "may compute something else" in decisions[0].reason
+
+
+def test_a_forward_replaced_on_the_instance_is_not_reported_as_converted():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    add_hook_to_module(model[0], ModelHook())
+    decisions = quantize_model(model, NVFP4TrainingConfig())
+    assert [d.converted for d in decisions] == [False, True] and "on the instance" in decisions[0].reason
+
+
+def test_wrapped_and_classification_heads_are_kept(build):
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    for lora in ({"target_modules": ["lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}):
+        model = peft.get_peft_model(build(), peft.LoraConfig(r=16, task_type="CAUSAL_LM", **lora))
+        quantize_model(model, NVFP4TrainingConfig())
+        assert not any(d.converted for d in model.nvfp4_decisions if "lm_head" in d.name)
+    config = build().config
+    config.num_labels = 16
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert {d.name: d for d in quantize_model(model, NVFP4TrainingConfig())}["score"].reason == "output head"
+
+
+def test_a_hadamard_size_that_does_not_divide_the_layer_keeps_it():
+    rotated = Cast(hadamard=32)
+    recipe = Recipe("rotated", (rotated, rotated), (Cast(), Cast()), (Cast(), Cast()))
+    decisions = quantize_model(nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 48)), NVFP4TrainingConfig(recipe))
+    assert [d.converted for d in decisions] == [False, True] and "Hadamard size 32" in decisions[0].reason
+
+
+def test_each_model_has_its_own_copy_of_the_config(build):
+    config = NVFP4TrainingConfig()
+    model = build()
+    quantize_model(model, config)
+    set_high_precision(model, "all")
+    assert config.high_precision is None and model.config.quantization_config.high_precision == "all"
+
+
+def test_the_summary_says_which_precision_is_active(build, capsys):
+    build("nvfp4", high_precision="all")
+    assert "recipe nvfp4, all in bf16, backend" in capsys.readouterr().out
 
 
 def test_fused_experts_and_conv1d_are_listed_not_passed_over():

@@ -114,6 +114,9 @@ def test_the_active_precision_is_saved(build, tmp_path):
         ({"keep_bf16_last": 1.5}, "keep_bf16_last=1.5"),
         ({"quant_method": "nvfp4"}, "quant_method"),
         ({"recipe": {"name": "x"}}, "a recipe needs 'fprop'"),
+        ({"recipe": ["nvfp4"]}, "unknown recipe"),
+        ({"skip": 5}, "skip=5: give a list"),
+        ({"keep_bf16_last": float("nan")}, "keep_bf16_last=nan"),
     ],
 )
 def test_bad_configs_are_errors_that_list_what_is_known(settings, message):
@@ -122,7 +125,7 @@ def test_bad_configs_are_errors_that_list_what_is_known(settings, message):
 
 
 CHILD = """
-import sys, torch
+import sys
 {before}
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -131,7 +134,15 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
 
 
 @pytest.mark.parametrize(
-    "before", ["", "import transformers.quantizers", "import hf_nvfp4"], ids=["plain", "late", "ours"]
+    "before",
+    [
+        "import torch",
+        "import transformers.quantizers",  # before torch, which it imports when half imported itself
+        "import torch, transformers.modeling_utils",
+        "import torch, importlib.util; importlib.util.find_spec('transformers.quantizers')",
+        "import hf_nvfp4",
+    ],
+    ids=["plain", "quantizers first", "late", "probed", "ours"],
 )
 def test_a_process_that_never_imported_us_loads_nvfp4(build, tmp_path, before):
     build("nvfp4").save_pretrained(tmp_path)

@@ -115,6 +115,16 @@ def test_any_rank_and_token_count(device, recipe, shape):
     assert layer.weight.grad.isfinite().all() and layer.bias.grad.isfinite().all()
 
 
+def test_integers_and_second_derivatives_are_refused(device):
+    layer = NVFP4Linear(32, 48, device=device)
+    with pytest.raises(TypeError, match="floating-point inputs, not torch.int64"):
+        layer(torch.ones(4, 32, dtype=torch.int64, device=device))
+    x = torch.randn(4, 32, device=device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_no_tokens_at_all(device):
     layer = NVFP4Linear(32, 48, device=device)
     y = layer(torch.empty(0, 32, device=device, requires_grad=True))

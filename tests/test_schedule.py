@@ -183,6 +183,23 @@ def test_a_bad_weight_is_seen_at_logging_without_gradients_of_its_own(build, tra
         callback.on_log(run.args, run.state, run.control, logs={"loss": 1.0}, model=model)
 
 
+def test_a_failing_diagnosis_does_not_hide_the_reason(build, trainer):
+    model = build("nvfp4")
+    run = trainer(model)
+    without_labels = [{"input_ids": Tokens().tokens[:2]}]
+    with pytest.raises(FloatingPointError, match=r"loss=nan.*the diagnostic pass failed"):
+        StopOnNonFinite().on_log(
+            run.args, run.state, run.control, logs={"loss": math.nan}, model=model, train_dataloader=without_labels
+        )
+
+
+def test_large_finite_weights_are_finite(build, trainer):
+    model = build("nvfp4")
+    run = trainer(model)
+    model.model.norm.weight.data.fill_(1e30)
+    StopOnNonFinite().on_log(run.args, run.state, run.control, logs={"loss": 1.0}, model=model)
+
+
 def test_the_diagnosis_names_the_first_layer_whose_output_breaks(build):
     model = build("nvfp4")
     batch = {"input_ids": Tokens().tokens[:2], "labels": Tokens().tokens[:2]}

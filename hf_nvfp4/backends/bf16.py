@@ -5,6 +5,7 @@ are exact and every product is the one that FP4 tensor cores compute; only the o
 The tensor scales multiply the FP32 result. Formats with FP32 block scales are rounded to BF16, and say so.
 """
 
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -119,13 +120,20 @@ def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
         return a.float() @ b.float().T
 
 
+_PRECISION_FLAG = threading.Lock()
+
+
 @contextmanager
 def _bf16_products():
-    """Let oneDNN multiply FP32 operands as BF16 where the CPU can: ours are BF16 values, so nothing is lost."""
+    """Let oneDNN multiply FP32 operands as BF16 where the CPU can: ours are BF16 values, so nothing is lost.
+
+    The flag is the process's, so one thread of ours holds it at a time.
+    """
     matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    with _PRECISION_FLAG:
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
