@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 import hf_nvfp4
 from hf_nvfp4.data import InputError
+from hf_nvfp4.scores import write_atomically
 
 RUN_FILE = "run.json"
 _STATE_FILE = "trainer_state.json"  # Trainer writes it last: its presence makes a checkpoint whole
@@ -152,10 +153,8 @@ def _move_in(staging: Path, output_dir: Path) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write beside, then replace: a reader sees the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    """A reader sees the old file or the new one."""
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------
