@@ -181,12 +181,13 @@ def convert(model: nn.Module, choice: Choice, high_precision: str | None = None)
     modules = dict(model.named_modules())
     converted = [modules[d.name] for d in decisions if d.converted]
     device = converted[0].weight.device
+    recipe = choice.recipe if high_precision is None else choice.recipe.in_bf16(high_precision)
+    line = f"{summary(decisions)}; recipe {recipe.name}"
+    if device.type != "meta":
+        backend = backend_name(choice.backend, recipe, device)
+        line += f", backend {backend}: {BACKENDS[backend].exactness(recipe)}"
     for linear in converted:
         NVFP4Linear.convert(linear, choice.recipe, choice.backend, high_precision)
-    line = f"{summary(decisions)}; recipe {converted[0].train_recipe.name}"
-    if device.type != "meta":
-        backend = backend_name(choice.backend, choice.recipe, device)
-        line += f", backend {backend}: {BACKENDS[backend].exactness(choice.recipe)}"
     model.nvfp4_decisions = decisions
     if os.environ.get("RANK", "0") == "0":
         print(f"hf_nvfp4: {line}", flush=True)

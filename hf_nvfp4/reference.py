@@ -195,6 +195,11 @@ def _scale_for(amax: Tensor, largest: float) -> Tensor:
     return torch.where(amax == 0, torch.ones_like(amax), amax / largest)
 
 
+def _divisor(amax: Tensor, largest: float) -> Tensor:
+    """`_scale_for`, kept normal: the quotient of two subnormal numbers can be 0, and 0 / 0 is NaN."""
+    return _scale_for(amax, largest).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def _two_level(x: Tensor, amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
     """Block scales in a small float under an FP32 tensor scale (NVFP4): scaled blocks, scales, tensor scale."""
     fmt = cast.block_format
@@ -221,7 +226,7 @@ def _one_level(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
     """FP32 block scales and nothing above them (FP8, 1×128 and 128×128)."""
     fmt = cast.block_format
     blocks = _block_view(x, fmt.block if cast.square else 1, fmt.block)
-    scales = _scale_for(blocks.abs().amax(dim=(1, 3), keepdim=True), fmt.element.max / cast.headroom)
+    scales = _divisor(blocks.abs().amax(dim=(1, 3), keepdim=True), fmt.element.max / cast.headroom)
     return blocks / scales, scales, torch.ones((), device=x.device)
 
 
@@ -245,7 +250,7 @@ def quantize_rows(x: Tensor, amax: Tensor, seed: Tensor | None, cast: Cast, firs
     elif fmt.scale is not None:
         scaled, scales, tensor_scale = _two_level(x, amax, cast)
     elif fmt.tensor_scale:
-        tensor_scale = _scale_for(amax, fmt.element.max / cast.headroom)
+        tensor_scale = _divisor(amax, fmt.element.max / cast.headroom)
         scaled, scales = _block_view(x / tensor_scale, 1, x.shape[1]), None
     else:
         scaled, scales, tensor_scale = _block_view(x, 1, x.shape[1]), None, torch.ones((), device=x.device)
