@@ -70,13 +70,14 @@ class StopOnNonFinite(TrainerCallback):
         if args.fp16:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if gradients and not _all_finite(gradients):
+        if not _all_finite(gradients, args.device):
             self._stop("a gradient is not finite", args, state, model, train_dataloader)
 
     def on_log(self, args, state, control, logs=None, model=None, train_dataloader=None, **kwargs):
         """Raises FloatingPointError if what is being logged, or a weight, is not finite."""
         bad = [f"{key}={logs[key]}" for key in ("loss", "eval_loss") if not math.isfinite((logs or {}).get(key, 0.0))]
-        if not bad and not _all_finite([p.detach() for p in model.parameters() if p.is_floating_point()]):
+        weights = [p.detach() for p in model.parameters() if p.is_floating_point()]
+        if not bad and not _all_finite(weights, args.device):
             bad = ["a weight is not finite"]
         if bad:
             self._stop(", ".join(bad), args, state, model, train_dataloader)
@@ -92,12 +93,16 @@ class StopOnNonFinite(TrainerCallback):
         )
 
 
-def _all_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether all elements are finite, on every rank: all of them stop together or none does."""
+def _all_finite(tensors: list[torch.Tensor], device: torch.device) -> bool:
+    """Whether all elements are finite, on every rank: all of them stop together or none does.
+
+    device: where ranks talk to each other; a rank's own tensors may lie elsewhere, or be none at all.
+    """
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    local = [t for t in local if t.numel()]
     # The largest magnitude: a sum of squares overflows on finite numbers.
-    largest = torch._foreach_norm([t for t in local if t.numel()], float("inf"))
-    finite = torch.stack([n.float().to(largest[0].device) for n in largest]).isfinite().all()
+    largest = torch._foreach_norm(local, float("inf")) if local else []
+    finite = torch.stack([torch.zeros((), device=device), *(n.float().to(device) for n in largest)]).isfinite().all()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         finite = finite.int()
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
