@@ -93,8 +93,7 @@ def stored_recipe(name: str) -> tuple[Recipe, str] | None:
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:
         return None
     config = NVFP4TrainingConfig(**values)
-    recipe = config.recipe.in_bf16(config.high_precision) if config.high_precision else config.recipe
-    return recipe, config.backend
+    return config.recipe.active(config.high_precision), config.backend
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> tuple:

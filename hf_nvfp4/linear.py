@@ -101,7 +101,7 @@ class NVFP4Linear(nn.Linear):
             self.backend = backend
         self.recipe = recipe
         self.high_precision = high_precision
-        self.train_recipe = self.recipe if high_precision is None else self.recipe.in_bf16(high_precision)
+        self.train_recipe = recipe.active(high_precision)
         self.eval_recipe = self.train_recipe.per_token()
 
     @classmethod

@@ -178,6 +178,10 @@ class Recipe:
         changed = {name: HIGH_PRECISION for name in names}
         return dataclasses.replace(self, name=f"{self.name}, {gemms} in bf16", **changed)
 
+    def active(self, high_precision: str | None) -> "Recipe":
+        """What runs: this recipe, or with some GEMMs `in_bf16`."""
+        return self if high_precision is None else self.in_bf16(high_precision)
+
     def to_dict(self) -> dict:
         """Plain data for config.json; `from_dict` gives an equal recipe back."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

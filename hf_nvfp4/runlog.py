@@ -21,7 +21,6 @@ from transformers.trainer_callback import ExportableState
 
 import hf_nvfp4
 from hf_nvfp4.data import InputError
-from hf_nvfp4.scores import write_atomically
 
 RUN_FILE = "run.json"
 _STATE_FILE = "trainer_state.json"  # Trainer writes it last: its presence makes a checkpoint whole
@@ -150,11 +149,6 @@ def _move_in(staging: Path, output_dir: Path) -> None:
         if old.name not in names:
             old.unlink()  # shards of an overwritten run
     staging.rmdir()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """A reader sees the old file or the new one."""
-    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def write_scores(path: Path, record: dict, samples: list[dict]) -> Scores:
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_atomically(samples_path, gzip.compress(lines.encode(), mtime=0))
     record = {**record, "samples_file": samples_path.name}
-    write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(path, record)
     return Scores(path, record)
 
 
@@ -144,6 +144,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """`write_atomically` for what reads well as JSON."""
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 # ---- Comparisons -----------------------------------------------------------------------------------------

@@ -27,8 +27,10 @@ from hf_nvfp4 import packing, runlog
 from hf_nvfp4.convert import set_high_precision, summary
 from hf_nvfp4.data import InputError, load_corpus
 from hf_nvfp4.gemm import backend_name
+from hf_nvfp4.integration import QUANT_METHOD
 from hf_nvfp4.linear import quantized_linears
 from hf_nvfp4.options import Arguments, ModelArguments, parse_arguments
+from hf_nvfp4.scores import write_json
 from hf_nvfp4.sizes import SIZES
 
 # ---- Model -----------------------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ def saved_quantization(model: ModelArguments):
         return None
     saved = getattr(AutoConfig.from_pretrained(model.model_name_or_path), "quantization_config", None)
     saved = saved.to_dict() if hasattr(saved, "to_dict") else saved
-    if saved and saved.get("quant_method") != "nvfp4_training":
+    if saved and saved.get("quant_method") != QUANT_METHOD:
         raise InputError(
             f"{model.model_name_or_path} is quantized with {saved.get('quant_method')!r}. Training needs "
             "high-precision weights: give the checkpoint that it was made from."
@@ -343,7 +345,7 @@ def main(argv: list[str]) -> None:
     output_dir = Path(args.training.output_dir)
     runlog.publish_model(trainer, output_dir)
     if trainer.is_world_process_zero():
-        runlog.write_json(output_dir / runlog.RUN_FILE, run)
+        write_json(output_dir / runlog.RUN_FILE, run)
     args.say(f"{table(run)}\n  saved in         {output_dir}")
 
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "sizes": set(),
     "packing": {"data"},
     "options": {"data", "sizes"},
-    "runlog": {"data", "scores"},
+    "runlog": {"data"},
     "tasks": {"data"},
     "scores": set(),
     "evaluation": {"gemm", "integration", "linear", "recipes", "scores"},
