@@ -8,146 +8,15 @@ the row's where rows have their own, the block's where there is none above it), 
 with it is NaN or inf.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_nvfp4.formats import FLOAT32_MAX, Element
+from hf_nvfp4.formats import FLOAT32_MAX
 from hf_nvfp4.recipes import Cast
-
-# Signs of the random Hadamard transform, the same for every tensor, layer and rank (Transformer Engine's).
-RHT_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
-_RHT_MINUS = sum(1 << i for i, sign in enumerate(RHT_SIGNS) if sign < 0)
-
-
-# ---------------------------------------------------------------------------- rounding to an element
-
-def _grid_step(magnitude: Tensor, element: Element) -> Tensor:
-    """Distance of the two grid points around each non-negative FP32 value."""
-    power_of_two = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)
-    return power_of_two.clamp_(min=element.min_normal).mul_(2.0**-element.mantissa_bits)
-
-
-def round_to(v: Tensor, element: Element, uniform: Tensor | None = None) -> Tensor:
-    """FP32 values rounded to the element's grid, saturating at its maximum; NaN stays NaN.
-
-    uniform: draws in (0, 1) of v's shape for stochastic rounding (up with probability distance / step);
-        None rounds to nearest, ties to the even code. A negative value that rounds to zero becomes -0.0,
-        and -0.0 itself becomes 0.0.
-    """
-    # In place where the buffer is ours: on a CPU this is bound by memory.
-    magnitude = v.abs().clamp_(max=element.max)
-    step = _grid_step(magnitude, element)
-    steps = magnitude.div_(step)
-    steps = steps.round_() if uniform is None else steps.add_(uniform).floor_()
-    return steps.mul_(step).copysign_(v + 0.0)
-
-
-def _code_offset(element: Element) -> int:
-    """FP32's exponent and mantissa bits, shifted down to the element's mantissa, less this: the element's code."""
-    return 127 + round(math.log2(element.min_normal)) - 1 << element.mantissa_bits
-
-
-def encode(values: Tensor, element: Element) -> Tensor:
-    """uint8 codes, one a byte, of FP32 values on the element's grid. E2M1 has no NaN: NaN's code is a zero."""
-    if element.dtype is not None:
-        return values.to(element.dtype).view(torch.uint8)
-    # Exponent and mantissa are adjacent in FP32 too: shift them down and move the exponent's bias.
-    magnitude = values.abs().nan_to_num_(0.0)
-    normal = (magnitude.view(torch.int32) >> 23 - element.mantissa_bits).sub_(_code_offset(element))
-    subnormal = (magnitude * (2.0**element.mantissa_bits / element.min_normal)).to(torch.int32)
-    code = torch.where(magnitude < element.min_normal, subnormal, normal)
-    sign = (values.view(torch.int32) >> 32 - element.bits).bitwise_and_(1 << element.bits - 1)
-    return code.bitwise_or_(sign).to(torch.uint8)
-
-
-def decode(codes: Tensor, element: Element) -> Tensor:
-    """FP32 values of uint8 codes, one a byte."""
-    if element.dtype is not None:
-        return codes.view(element.dtype).float()
-    code = codes.int() & (1 << element.bits - 1) - 1
-    normal = (code + _code_offset(element) << 23 - element.mantissa_bits).view(torch.float32)
-    subnormal = code * (element.min_normal * 2.0**-element.mantissa_bits)
-    magnitude = torch.where(code < 1 << element.mantissa_bits, subnormal, normal)
-    return torch.where(codes >> element.bits - 1 == 0, magnitude, -magnitude)
-
-
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """Two 4-bit codes a byte, the even column in the low nibble: [M, K] -> [M, K/2]."""
-    pairs = codes.contiguous().view(torch.int16)
-    return (pairs >> 4).bitwise_or_(pairs).to(torch.uint8)
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """Inverse of `pack_nibbles`: [M, K/2] -> [M, K]."""
-    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(1)
-
-
-# ---------------------------------------------------------------------------- random bits
-
-def _mix(h: Tensor) -> Tensor:
-    """A bijection of int32 that flips each output bit with probability near 1/2 for each input bit.
-
-    Multiply-xorshift with the low-bias constants of https://github.com/skeeto/hash-prospector.
-    """
-    h = ((h >> 16).bitwise_and_(0xFFFF).bitwise_xor_(h)).mul_(0x21F0AAAD)
-    h = ((h >> 15).bitwise_and_(0x1FFFF).bitwise_xor_(h)).mul_(0x735A2D97)
-    return (h >> 15).bitwise_and_(0x1FFFF).bitwise_xor_(h)
-
-
-def uniform_like(x: Tensor, seed: Tensor, first_row: int = 0) -> Tensor:
-    """Draws in (0, 1) for each element of x [M, K], a function of (row, column, seed) alone.
-
-    16 random bits each, two elements a hashed word (the even column in its low half), centred in their
-    interval: adding one to a count of grid steps is exact in FP32, so a value on the grid never moves.
-    seed: int32 [2]. first_row: the number of x's first row, where x is a part of a larger tensor.
-    """
-    m, k = x.shape
-    rows = torch.arange(first_row, first_row + m, device=x.device, dtype=torch.int32)
-    words = torch.arange((k + 1) // 2, device=x.device, dtype=torch.int32)
-    bits = _mix(_mix(rows ^ seed[0])[:, None] ^ _mix(~words ^ seed[1])[None, :])
-    return bits.view(torch.int16)[:, :k].float().add_(32768.5).mul_(2.0**-16)
-
-
-def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-    """A fresh seed, int32 [2], from `generator` or torch's default one, different on every rank.
-
-    The default generator is what Trainer saves and restores, so that a resumed run draws the same numbers;
-    but Trainer seeds every rank alike, hence the rank here.
-    """
-    seed = torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device=device, generator=generator)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        seed = _mix(seed + torch.distributed.get_rank())
-    return seed
-
-
-# ---------------------------------------------------------------------------- Hadamard transform
-
-def _hadamard(size: int, device: torch.device) -> Tensor:
-    """diag(signs) · H / sqrt(size), FP32 [size, size], H after Sylvester; the signs repeat beyond 16.
-
-    Made of integer arithmetic on the device: no copy from the host, nothing cached that could go stale.
-    """
-    index = torch.arange(size, device=device, dtype=torch.int32)
-    parity = index[:, None] & index[None, :]
-    for shift in (8, 4, 2, 1):
-        parity = parity ^ (parity >> shift)
-    minus = (_RHT_MINUS >> (index % 16)) & 1
-    return (1 - 2 * ((parity ^ minus[:, None]) & 1)).float() * size**-0.5
-
-
-def rotate(x: Tensor, size: int) -> Tensor:
-    """Random Hadamard transform of blocks of `size` along the last dimension: FP32 accumulation, BF16 result.
-
-    Sign first, then H / sqrt(size); a GEMM whose two operands are both rotated is unchanged but for rounding.
-    """
-    if x.shape[-1] % size:
-        raise ValueError(f"a Hadamard transform of size {size} does not divide the last dimension of {tuple(x.shape)}")
-    return (x.float().reshape(-1, size) @ _hadamard(size, x.device)).bfloat16().reshape(x.shape)
-
+from hf_nvfp4.rounding import decode, dither_like, draw_seed, encode, pack_nibbles, rotate, round_to, unpack_nibbles
 
 # ---------------------------------------------------------------------------- blocks
 
@@ -254,10 +123,10 @@ def quantize_rows(x: Tensor, amax: Tensor, seed: Tensor | None, cast: Cast, firs
         scaled, scales = _block_view(x / tensor_scale, 1, x.shape[1]), None
     else:
         scaled, scales, tensor_scale = _block_view(x, 1, x.shape[1]), None, torch.ones((), device=x.device)
-    uniform = None
+    dither = None
     if seed is not None:
-        uniform = _block_view(uniform_like(x, seed, first_row), scaled.shape[1], scaled.shape[3])
-    return Blocks(round_to(scaled, fmt.element, uniform), scales, tensor_scale, tuple(x.shape))
+        dither = _block_view(dither_like(x, seed, first_row), scaled.shape[1], scaled.shape[3])
+    return Blocks(round_to(scaled, fmt.element, dither), scales, tensor_scale, tuple(x.shape))
 
 
 def quantize_blocks(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> Blocks:

@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_nvfp4"
 ALLOWED = {
     "formats": set(),
     "recipes": {"formats"},
-    "reference": {"formats", "recipes"},
-    "backends": {"formats", "recipes", "reference", "backends"},
+    "rounding": {"formats"},
+    "reference": {"formats", "recipes", "rounding"},
+    "backends": {"formats", "recipes", "reference", "rounding", "backends"},
     "gemm": {"formats", "recipes", "reference", "backends"},
     "linear": {"gemm", "recipes"},
     "convert": {"backends", "gemm", "linear", "recipes"},

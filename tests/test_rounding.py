@@ -1,0 +1,197 @@
+"""Elements, random bits and rotations: the grids, the exact probabilities, the order of operations."""
+
+import pytest
+import torch
+
+from hf_nvfp4 import Cast, quantize
+from hf_nvfp4.formats import BF16, E2M1, E4M3, E5M2
+from hf_nvfp4.rounding import (
+    RHT_SIGNS,
+    decode,
+    dither_like,
+    draw_seed,
+    encode,
+    pack_nibbles,
+    rotate,
+    round_to,
+    unpack_nibbles,
+)
+
+NAN = float("nan")
+# What the 256 bytes give.
+DITHERS = (torch.arange(256) + 0.5) / 256 - 0.5
+
+
+def seed(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# ---------------------------------------------------------------------------- rounding
+
+def test_ties_go_to_the_even_code():
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    assert round_to(ties, E2M1).tolist() == [0, 1, 1, 2, 2, 4, 4]
+    assert round_to(-ties, E2M1).tolist() == [0, -1, -1, -2, -2, -4, -4]
+
+
+@pytest.mark.parametrize("element", [E4M3, E5M2, BF16], ids=lambda e: e.name)
+def test_rounding_equals_torchs_own_type(element):
+    x = torch.randn(100_000) * 10 ** torch.randn(100_000)
+    x = torch.cat([x, torch.tensor([0.0, -0.0, 1e-9, -1e-9, element.min_normal / 3, element.max])])
+    expected = x.clamp(-element.max, element.max).to(element.dtype).float()
+    got = round_to(x, element)
+    assert torch.equal(got, expected)
+    nonzero = x != 0
+    assert torch.equal(got.signbit()[nonzero], expected.signbit()[nonzero])
+
+
+@pytest.mark.parametrize("element", [E2M1, E4M3, E5M2], ids=lambda e: e.name)
+def test_grid_points_are_fixed_points_of_both_roundings(element):
+    grid = torch.tensor(element.grid)
+    for values in (grid, -grid):
+        assert torch.equal(round_to(values, element), values)
+        dithered = round_to(values.expand(256, -1), element, DITHERS[:, None].expand(-1, len(grid)))
+        assert torch.equal(dithered, values.expand(256, -1))
+        assert torch.equal(decode(encode(values, element), element), values)
+
+
+@pytest.mark.parametrize(("element", "code"), [(E2M1, 7), (E4M3, 0x7F), (E5M2, 0x7F)], ids=str)
+def test_nan_has_one_code_and_its_sign_is_dropped(element, code):
+    values = round_to(torch.tensor([NAN, -NAN, 1.0]), element)
+    assert values[:2].isnan().all()
+    assert encode(values, element)[:2].tolist() == [code, code]
+
+
+def test_the_sign_bit_follows_the_rule():
+    x = torch.zeros(1, 16)
+    x[0, :4] = torch.tensor([-0.0, -1e-3, 1e-3, 6.0])
+    codes = unpack_nibbles(quantize(x, Cast()).codes)[0]
+    assert codes[:4].tolist() == [0, 8, 0, 7]
+
+
+def test_the_even_column_is_in_the_low_nibble():
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2, 1)
+    assert pack_nibbles(codes)[0, :2].tolist() == [0x10, 0x32]
+    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+
+
+# ---------------------------------------------------------------------------- stochastic rounding
+
+@pytest.mark.parametrize("element", [E2M1, E4M3, E5M2], ids=lambda e: e.name)
+def test_probabilities_are_exact_where_the_distance_is_a_256th_of_a_step(element):
+    """Between every two neighbours of the grid, k of the 256 bytes round up from k/256 of the way."""
+    low = torch.tensor(element.grid[:-1])[:, None, None]
+    high = torch.tensor(element.grid[1:])[:, None, None]
+    k = torch.arange(256)[:, None]
+    x = low + (high - low) * (k / 256)
+    for sign in (1, -1):
+        got = sign * round_to(sign * x.expand(-1, -1, 256), element, DITHERS.expand(len(low), 256, -1))
+        assert ((got == low) | (got == high)).all()
+        assert torch.equal((got == high).sum(2), k[:, 0].expand(len(low), -1))
+
+
+def test_rounding_frequencies_pass_chi_square():
+    """The hash's bytes against the probabilities k/256: 255 values, 4,096 draws each."""
+    k = torch.arange(1, 256)
+    x = (2 + k[:, None] / 256).expand(-1, 4096)  # from one grid point to the next
+    up = (round_to(x, E2M1, dither_like(x, seed(5, 6))) == 3).sum(1)
+    p = k / 256
+    chi2 = ((up - 4096 * p) ** 2 / (4096 * p * (1 - p))).sum()
+    assert abs(chi2 - 255) < 5 * 510**0.5
+
+
+def test_bytes_are_uniform_and_independent():
+    """Of neighbours in a row and in a column, within a hashed word and across, and of seeds one bit apart."""
+    shape, n = (1024, 1024), 2**20
+    d = dither_like(torch.empty(shape), seed(1, 2))
+    assert (d + 0.5).min() == 1 / 512 and (d + 0.5).max() == 511 / 512
+    assert abs(d.mean()) < 5 / (12 * n) ** 0.5
+    counts = torch.bincount(((d + 0.5) * 256).int().flatten(), minlength=256)
+    assert abs(((counts - n / 256) ** 2 / (n / 256)).sum() - 255) < 5 * 510**0.5
+    others = [dither_like(torch.empty(shape), seed(*s)) for s in ((1, 3), (3, 2), (1 | 1 << 30, 2), (2, 1))]
+    pairs = [(d[:, lag:], d[:, :-lag]) for lag in (1, 2, 3, 4, 16)]
+    pairs += [(d[lag:], d[:-lag]) for lag in (1, 2, 16, 512)]
+    pairs += [(d, other) for other in others] + [(d, d.T), (d[:, 0::4], d[:, 3::4])]
+    for a, b in pairs:
+        r = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
+        assert abs(r) < 5 / a.numel() ** 0.5
+
+
+def test_the_same_seed_gives_the_same_bits_wherever_the_element_stands():
+    whole = dither_like(torch.empty(1024, 1022), seed(1, 2))
+    assert torch.equal(dither_like(torch.empty(1024, 1022), seed(1, 2)), whole)
+    assert torch.equal(dither_like(torch.empty(24, 1022), seed(1, 2), first_row=1000), whole[1000:])
+    assert torch.equal(dither_like(torch.empty(1024, 37), seed(1, 2)), whole[:, :37])
+
+
+def test_the_hash_is_this_one():
+    """In Python's integers, so that kernels and this file can't drift apart unseen."""
+
+    def mix(h):
+        h = (h >> 16 ^ h) * 0x21F0AAAD & 0xFFFFFFFF
+        h = (h >> 15 ^ h) * 0x735A2D97 & 0xFFFFFFFF
+        return h >> 15 ^ h
+
+    d = dither_like(torch.empty(3, 9), seed(-7, 123456789), first_row=70)
+    for row in range(3):
+        for column in range(9):
+            of_row = mix((70 + row) ^ (-7 & 0xFFFFFFFF))
+            word = mix(of_row ^ mix(~(column // 4) & 0xFFFFFFFF ^ 123456789))
+            byte = word >> 8 * (column % 4) & 0xFF
+            assert d[row, column] == (byte + 0.5) / 256 - 0.5
+
+
+def test_calls_and_orientations_draw_apart():
+    """A cast of x and one of x's transpose, or two casts of x, share no rounding decisions."""
+    x = torch.rand(512, 512) + 2  # from one grid point to the next
+    a, b, c = (round_to(x, E2M1, dither_like(x, draw_seed(x.device))) - x for _ in range(3))
+    for other in (b, c.T):
+        r = torch.corrcoef(torch.stack([a.flatten(), other.flatten()]))[0, 1]
+        assert abs(r) < 5 / x.numel() ** 0.5
+
+
+def test_ranks_seeded_alike_draw_different_numbers(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    seeds = []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        seeds.append(draw_seed(torch.device("cpu"), torch.Generator().manual_seed(3)))
+    assert torch.equal(seeds[0], seeds[2]) and not (seeds[0] == seeds[1]).any()
+    a, b = (dither_like(torch.empty(512, 512), s).flatten() for s in seeds[:2])
+    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 5 / 512
+
+
+# ---------------------------------------------------------------------------- rotations
+
+def test_the_hadamard_transform_equals_the_golden_one(golden):
+    for name in ("randn_bf16", "outlier_bf16", "one_zero_block_bf16"):
+        assert torch.equal(rotate(golden[f"in/{name}"].T.contiguous(), 16), golden[f"rht1d/{name}/rht_xT"])
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 32, 128])
+def test_the_butterfly_adds_in_the_prescribed_order(size):
+    x = torch.randn(4, 2 * size) * 10 ** torch.randn(4, 2 * size)
+    before = x.clone()
+    got = rotate(x, size)
+    assert torch.equal(x, before)
+    columns = list((x.view(-1, size) * torch.tensor(RHT_SIGNS).repeat(8)[:size]).T)
+    h = 1
+    while h < size:
+        for i in (i for i in range(size) if not i & h):
+            columns[i], columns[i + h] = columns[i] + columns[i + h], columns[i] - columns[i + h]
+        h *= 2
+    expected = (torch.stack(columns, 1) * torch.tensor(size**-0.5)).bfloat16().view(x.shape)
+    assert torch.equal(got, expected)
+
+
+def test_a_rotation_is_orthogonal_and_cancels_in_the_product():
+    a, b = torch.randn(8, 256), torch.randn(8, 256)
+    for size in (16, 32, 128):
+        matrix = rotate(torch.eye(size), size).float()
+        assert torch.allclose(matrix @ matrix.T, torch.eye(size), atol=0.01)
+        ra, rb = rotate(a, size), rotate(b, size)
+        assert ra.dtype == torch.bfloat16
+        assert torch.allclose(ra.float() @ rb.float().T, a @ b.T, atol=0.3)
+        assert not torch.allclose(ra.float(), a, atol=1.0)
+    with pytest.raises(ValueError, match="size 32 does not divide"):
+        rotate(torch.ones(2, 48), 32)
