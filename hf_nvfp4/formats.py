@@ -1,7 +1,7 @@
 """What bits mean: element grids and block formats. Pure data; how to round to them is reference.py.
 
-An `Element` is a small floating-point type, a `BlockFormat` says which elements share a scale and in which
-type that scale is kept. A new format is a new value in `FORMATS`.
+An `Element` is a small floating-point type, a `BlockFormat` says which elements share a scale, in which type that
+scale is kept and by which rules it can be chosen. A new format is a new value in `FORMATS`.
 """
 
 from dataclasses import dataclass
@@ -57,9 +57,10 @@ class BlockFormat:
     """Elements, and the scales that they share.
 
     block: elements along the contraction dimension with a scale of their own; None: none have.
-    scale: type of the block scales: an Element (then one FP32 tensor scale sits above them),
-        "float32" (nothing above them), or None (no block scales).
-    tensor_scale: whether one FP32 scale covers the whole tensor.
+    scale: type of the block scales: an Element (then one FP32 tensor scale sits above them), "e8m0" (powers of
+        two from 2^-127 to 2^127) or "float32" (nothing above either), or None (no block scales).
+    tensor_scale: whether one FP32 scale, made from its largest magnitude, covers the whole tensor.
+    scale_rules: the ways to choose a block's scale, keys of `SCALE_RULES`, the usual one first.
     """
 
     name: str
@@ -67,6 +68,13 @@ class BlockFormat:
     block: int | None = None
     scale: Element | str | None = None
     tensor_scale: bool = False
+    scale_rules: tuple[str, ...] = ("amax",)
+
+    @property
+    def scale_dtype(self) -> torch.dtype | None:
+        """The type that block scales are stored in."""
+        types = {"float32": torch.float32, "e8m0": torch.float8_e8m0fnu}
+        return self.scale.dtype if isinstance(self.scale, Element) else types.get(self.scale)
 
     @property
     def high_precision(self) -> bool:
@@ -77,11 +85,25 @@ class BlockFormat:
         return self.name
 
 
+# How a block's scale follows from its elements; reference.py has the formulas.
+SCALE_RULES = {
+    "amax": "the largest magnitude becomes the element's largest; for powers of two, of its binade (OCP: floor)",
+    "ceil": "the smallest power of two under which nothing saturates (NVIDIA's MXFP8)",
+    "4over6": "the largest magnitude becomes 6 or 4, whichever errs less in absolute value (Transformer Engine)",
+    "4over6_mse": "the same by squared error (arXiv 2512.02010)",
+    "best": "of the scale by amax and two neighbours, the one with the least squared error",
+}
+# Those that look at rounding errors: they would bias stochastic rounding.
+CHOOSING_RULES = ("4over6", "4over6_mse", "best")
+
 FORMATS = {
     f.name: f
     for f in (
         # OCP E2M1 with E4M3 scales per 16 and FP32 per tensor: arXiv 2509.25149, section 2.
-        BlockFormat("nvfp4", E2M1, block=16, scale=E4M3, tensor_scale=True),
+        BlockFormat("nvfp4", E2M1, block=16, scale=E4M3, tensor_scale=True, scale_rules=("amax", *CHOOSING_RULES)),
+        # OCP Microscaling Formats 1.0: a power of two per 32, nothing above.
+        BlockFormat("mxfp4", E2M1, block=32, scale="e8m0", scale_rules=("amax", "ceil")),
+        BlockFormat("mxfp8", E4M3, block=32, scale="e8m0", scale_rules=("amax", "ceil")),
         # The FP8 baseline of the same paper, DeepSeek-V3 style: FP32 scales, 1×128 or 128×128.
         BlockFormat("fp8_e4m3_block", E4M3, block=128, scale="float32"),
         # Per-tensor current scaling.

@@ -12,7 +12,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hf_nvfp4.formats import FORMATS, BlockFormat
+from hf_nvfp4.formats import CHOOSING_RULES, FORMATS, SCALE_RULES, BlockFormat
 
 ROUNDINGS = ("nearest", "stochastic")
 OUTER_SCALES = ("tensor", "row")
@@ -20,6 +20,8 @@ GEMM_CHOICES = ("all", "forward")
 
 # What makes stochastic rounding unbiased: E4M3 rounds a block scale down by at most a factor 16/17.
 SR_HEADROOM = 17 / 16
+# The same for powers of two under E2M1: amax is below 8 scales, and 6 is the largest (arXiv 2502.20586: x · 3/4).
+MX_SR_HEADROOM = 4 / 3
 
 
 def unknown(kind: str, name: object, known) -> ValueError:
@@ -48,10 +50,12 @@ class Cast:
     rounding: "nearest" (ties to even) or "stochastic" (up with probability distance / step).
     hadamard: size of the random Hadamard transform along the contraction dimension; 0: none.
     headroom: factor on the scales. `SR_HEADROOM` makes stochastic rounding unbiased (no element
-        saturates); 1.0 is NVIDIA's choice, with a bias of about -0.3% on N(0,1).
+        saturates); 1.0 is NVIDIA's choice, with a bias of about -0.3% on N(0,1). Powers of two can't take it
+        up: it becomes the tensor scale, a constant (`MX_SR_HEADROOM` for mxfp4).
     outer: whether the FP32 scale above the blocks covers the "tensor" or each "row". Per-row scales do
         not let one token's codes depend on another's: inference uses them. They are not what a native
         NVFP4 GEMM takes.
+    scale_rule: how a block's scale is chosen, one of the format's rules in `formats.SCALE_RULES`.
     """
 
     format: str = "nvfp4"
@@ -60,6 +64,7 @@ class Cast:
     hadamard: int = 0
     headroom: float = 1.0
     outer: str = "tensor"
+    scale_rule: str = "amax"
 
     def __post_init__(self):
         if self.format not in FORMATS:
@@ -81,6 +86,24 @@ class Cast:
             )
         if self.block_format.high_precision and (self.hadamard or self.headroom != 1.0 or self.outer == "row"):
             raise ValueError(f"format {self.format!r} has no scales and no blocks; it takes rounding only")
+        if self.outer == "row" and not self.block_format.tensor_scale:
+            raise ValueError(f"format {self.format!r} has no FP32 scale above its blocks that could be each row's")
+        self._check_scale_rule()
+
+    def _check_scale_rule(self):
+        if self.scale_rule not in SCALE_RULES:
+            raise unknown("scale rule", self.scale_rule, SCALE_RULES)
+        if self.scale_rule not in self.block_format.scale_rules:
+            fitting = [name for name, fmt in FORMATS.items() if self.scale_rule in fmt.scale_rules]
+            raise ValueError(
+                f"format {self.format!r} has no scale rule {self.scale_rule!r}, only "
+                f"{', '.join(self.block_format.scale_rules)}; {self.scale_rule!r} is for {', '.join(fitting)}"
+            )
+        if self.scale_rule in CHOOSING_RULES and self.rounding == "stochastic":
+            raise ValueError(
+                f"scale_rule={self.scale_rule!r} chooses a scale by its rounding errors, which biases stochastic "
+                "rounding. Use rounding='nearest' or scale_rule='amax'."
+            )
 
     @property
     def block_format(self) -> BlockFormat:
@@ -95,6 +118,8 @@ class Cast:
             parts.append(f"RHT-{self.hadamard}")
         if not self.block_format.high_precision:
             parts.append("SR" if self.rounding == "stochastic" else "RNE")
+        if self.scale_rule != "amax":
+            parts.append(self.scale_rule)
         if self.headroom != 1.0:
             parts.append(f"headroom {self.headroom:g}")
         if self.outer == "row":
@@ -157,7 +182,8 @@ class Recipe:
     @property
     def token_multiple(self) -> int:
         """Tokens are wgrad's contraction dimension: they are padded with zeros to a multiple of this."""
-        return max(max(c.hadamard, 16 if c.block_format.element.bits < 8 else 1) for c in self.wgrad)
+        casts = [(c.hadamard, c.block_format) for c in self.wgrad]
+        return max(max(size, fmt.block if fmt.element.bits < 8 else 1) for size, fmt in casts)
 
     def per_token(self) -> "Recipe":
         """This recipe for inference: each token's activations have their own scale in fprop.

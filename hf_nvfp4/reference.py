@@ -8,15 +8,25 @@ the row's where rows have their own, the block's where there is none above it), 
 with it is NaN or inf.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_nvfp4.formats import FLOAT32_MAX
+from hf_nvfp4.formats import CHOOSING_RULES, FLOAT32_MAX, Element
 from hf_nvfp4.recipes import Cast
 from hf_nvfp4.rounding import decode, dither_like, draw_seed, encode, pack_nibbles, rotate, round_to, unpack_nibbles
+
+# Where the rule may choose a larger scale than the amax's, the largest scale by amax is this, not E4M3's 448: room for
+# half as much again (384), or for five codes more (416).
+CHOOSING_SCALE_MAX = 256.0
+# Rule "best": E4M3 codes of its candidates, less that of the scale by amax. Mean squared error on N(0, 1), in 1e-3:
+# these three 7.08; (0, -1, 4, 5) 6.80; the best six, (0, -1, 1, 4, 5, 6), 6.65; all from -4 to 6, 6.60.
+BEST_OFFSETS = (0, -1, 5)
+# Added to a number below 8 and taken away, it leaves a multiple of 2^-11: 256 of them have an exact sum.
+_ERROR_UNIT = 2.0**12
 
 # ---------------------------------------------------------------------------- blocks
 
@@ -73,6 +83,8 @@ def _two_level(x: Tensor, amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Ten
     """Block scales in a small float under an FP32 tensor scale (NVFP4): scaled blocks, scales, tensor scale."""
     fmt = cast.block_format
     element_max, scale_max = fmt.element.max, fmt.scale.max
+    if cast.scale_rule in CHOOSING_RULES:
+        scale_max = CHOOSING_SCALE_MAX
     largest = element_max * scale_max / cast.headroom
     # A true division: `number / tensor` is number · (1 / tensor) in torch, which rounds twice.
     encode_scale = (torch.full_like(amax, largest) / amax).clamp(max=FLOAT32_MAX)
@@ -86,9 +98,95 @@ def _two_level(x: Tensor, amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Ten
     block_amax = blocks.abs().amax(dim=(1, 3), keepdim=True)
     # (1/6) · S_enc first: the other order changes one scale byte in 1,400.
     per_element_max = encode_scale * (cast.headroom / element_max)
-    scales = (block_amax * per_element_max).clamp(max=scale_max).to(fmt.scale.dtype).float()
-    inverse = (1.0 / (scales * decode_scale)).clamp(max=FLOAT32_MAX)
-    return blocks * inverse, scales, _scale_for(amax, largest)
+    ideal = block_amax * per_element_max
+    scales = _stored(ideal, fmt.scale)
+    if cast.scale_rule in CHOOSING_RULES:
+        candidates = _candidates(ideal, scales, cast)
+        scales = _least_error(blocks, candidates, encode_scale, decode_scale, cast)
+    return blocks * _inverse(scales, decode_scale), scales, _scale_for(amax, largest)
+
+
+def _stored(scale: Tensor, element: Element) -> Tensor:
+    """FP32 scales rounded to what `element` holds, saturating; NaN stays NaN."""
+    return scale.clamp(max=element.max).to(element.dtype).float()
+
+
+def _inverse(scales: Tensor, decode_scale: Tensor) -> Tensor:
+    """What elements are multiplied by under a stored scale."""
+    return (1.0 / (scales * decode_scale)).clamp_(max=FLOAT32_MAX)
+
+
+def _candidates(ideal: Tensor, scales: Tensor, cast: Cast) -> list[Tensor]:
+    """Block scales to choose from, the one by amax first. ideal: that one before it was rounded.
+
+    4/6: E4M3(ideal), E4M3(ideal · 1.5). "best": codes of the first + `BEST_OFFSETS`, kept in 1 ... 126 (448).
+    """
+    element = cast.block_format.scale
+    if cast.scale_rule != "best":
+        return [scales, _stored(ideal * 1.5, element)]
+    codes = encode(scales, element).int()
+    others = [(codes + offset).clamp_(1, len(element.grid) - 1).to(torch.uint8) for offset in BEST_OFFSETS[1:]]
+    return [scales, *(decode(code, element) for code in others)]
+
+
+def _least_error(blocks: Tensor, candidates: list[Tensor], encode_scale: Tensor, decode_scale: Tensor, cast: Cast):
+    """The scale of each block with the least rounding error; of equal ones the first, and that too if its error is NaN.
+
+    An element errs by d = q · scale - FP32(x · encode_scale), rounded once; q is x · inverse(scale) rounded to nearest.
+    A block's error is the sum of |d| ("4over6") or FP32(d · d) (the others), halves added to halves: the first 8 of
+    16 to the last 8, 4 to 4, 2 to 2, 1 to 1. In a square block each |d| or d · d is first rounded to a multiple of
+    2^-11 · p (or p²), p the power of two at or below the first candidate, at least 2^-9, by adding and taking away
+    2^12 · p: so sums are exact in any order, and the transposed block makes the same choice.
+    """
+    element, squared = cast.block_format.element, cast.scale_rule != "4over6"
+    target = blocks * encode_scale
+    unit = _error_unit(candidates[0], squared) if cast.square else None
+    chosen = least = None
+    for scales in candidates:
+        d = round_to(blocks * _inverse(scales, decode_scale), element).mul_(scales).sub_(target)
+        d = d.square_() if squared else d.abs_()
+        error = _sum16(d) if unit is None else d.add_(unit).sub_(unit).sum(dim=(1, 3), keepdim=True)
+        if least is None:
+            chosen, least = scales, error
+        else:
+            better = error < least
+            chosen, least = torch.where(better, scales, chosen), torch.where(better, error, least)
+    return chosen
+
+
+def _error_unit(scales: Tensor, squared: bool) -> Tensor:
+    """2^12 · p, or 2^12 · p²; see `_least_error`."""
+    power = (scales.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**-9)
+    return (power.square_() if squared else power).mul_(_ERROR_UNIT)
+
+
+def _sum16(d: Tensor) -> Tensor:
+    """[..., 16] -> [..., 1], halves added to halves."""
+    for half in (8, 4, 2, 1):
+        d = d[..., :half] + d[..., half:]
+    return d
+
+
+def _powers_of_two(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
+    """Block scales 2^e (MX), the constant headroom above them: scaled blocks, scales, tensor scale.
+
+    In the bits of FP32: the scale's E8M0 byte is the exponent byte of amax (rule "ceil": the next one, if amax has a
+    larger significand than the element's largest) less that of the element's largest value, at least 0: all-zero
+    blocks have the scale 2^-127 and codes 0, as OCP has it. NaN or inf: byte 255, NaN. The scale belongs to x itself;
+    elements are those of x / headroom: x · (1 / scale · FP32(1 / headroom)). A value above 2^127 may be rounded to
+    2^128, which FP32 has not: inf.
+    """
+    fmt = cast.block_format
+    blocks = _block_view(x, fmt.block if cast.square else 1, fmt.block)
+    amax = blocks.abs().amax(dim=(1, 3), keepdim=True)
+    significand, exponent = math.frexp(fmt.element.max)
+    carry = 2**24 - 1 - int(significand * 2**24) if cast.scale_rule == "ceil" else 0
+    byte = ((amax.view(torch.int32) + carry >> 23) - (exponent - 1)).clamp_(min=0)
+    # 2^-127 is a subnormal number of FP32: its exponent byte is 0, as is that of zero.
+    bits = torch.where(byte == 0, 1 << 22, byte << 23)
+    scales = torch.where(torch.isfinite(amax), bits.view(torch.float32), float("nan"))
+    inverse = (1.0 / scales).mul_(1 / cast.headroom)
+    return blocks * inverse, scales, torch.full((), cast.headroom, device=x.device)
 
 
 def _one_level(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,6 +214,8 @@ def quantize_rows(x: Tensor, amax: Tensor, seed: Tensor | None, cast: Cast, firs
     x = x.float()
     if fmt.scale == "float32":
         scaled, scales, tensor_scale = _one_level(x, cast)
+    elif fmt.scale == "e8m0":
+        scaled, scales, tensor_scale = _powers_of_two(x, cast)
     elif fmt.scale is not None:
         scaled, scales, tensor_scale = _two_level(x, amax, cast)
     elif fmt.tensor_scale:
@@ -141,8 +241,8 @@ class QuantizedTensor:
     """A quantized [M, K] tensor as it is stored, with blocks along K.
 
     codes: uint8 [M, K/2] for 4-bit elements (even column in the low nibble), else [M, K].
-    scales: [M, ceil(K/block)], float8_e4m3fn for nvfp4 and float32 for fp8_e4m3_block; a square block's
-        scale stands in every one of its rows. None for formats without block scales.
+    scales: [M, ceil(K/block)], float8_e4m3fn for nvfp4, float8_e8m0fnu for mxfp4 and mxfp8, float32 for
+        fp8_e4m3_block; a square block's scale stands in every one of its rows. None for formats without any.
     tensor_scale: float32 scalar, or [M, 1] with per-row scales.
     The value of an element is (code × scale) × tensor_scale.
     """
@@ -193,8 +293,7 @@ def pack(blocks: Blocks, cast: Cast) -> QuantizedTensor:
     if scales is not None:
         rows = fmt.block if cast.square else 1
         scales = scales[:, 0, :, 0].repeat_interleave(rows, dim=0)[:m]
-        if fmt.scale != "float32":
-            scales = scales.to(fmt.scale.dtype)
+        scales = scales.to(fmt.scale_dtype)
     return QuantizedTensor(codes.contiguous(), scales, blocks.tensor_scale, cast)
 
 

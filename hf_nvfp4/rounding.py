@@ -132,6 +132,15 @@ def _rht_signs(size: int, device: torch.device) -> Tensor:
     return (1 - 2 * ((_RHT_MINUS >> (index % 16)) & 1)).float()[:, None]
 
 
+def _round_bf16(v: Tensor) -> Tensor:
+    """v.bfloat16(), which inductor leaves out where FP32 follows; integer arithmetic it keeps."""
+    if not torch.compiler.is_compiling():
+        return v.bfloat16()
+    bits = v.view(torch.int32)
+    bits = bits + 0x7FFF + (bits >> 16 & 1) & -0x10000
+    return torch.where(v.isnan(), v, bits.view(torch.float32)).bfloat16()
+
+
 def rotate(x: Tensor, size: int) -> Tensor:
     """Random Hadamard transform of blocks of `size` along the last dimension: FP32 accumulation, BF16 result.
 
@@ -150,4 +159,4 @@ def rotate(x: Tensor, size: int) -> Tensor:
         a.add_(b)
         b.copy_(difference)
         h *= 2
-    return blocks.mul_(size**-0.5).bfloat16().T.reshape(x.shape)
+    return _round_bf16(blocks.mul_(size**-0.5)).T.reshape(x.shape)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_nvfp4 import RECIPES, Cast, Recipe, register_recipe
-from hf_nvfp4.formats import E2M1, E4M3, E5M2, FORMATS
-from hf_nvfp4.recipes import HIGH_PRECISION, get_recipe
+from hf_nvfp4.formats import E2M1, E4M3, E5M2, FORMATS, SCALE_RULES
+from hf_nvfp4.recipes import HIGH_PRECISION, MX_SR_HEADROOM, get_recipe
 
 
 def test_element_grids_are_the_published_ones():
@@ -45,11 +45,37 @@ def test_recipes_survive_json(name):
         ({"format": "fp8_e4m3", "square": True}, "none"),
         ({"square": True, "hadamard": 16}, "square blocks are the same along both"),
         ({"format": "bf16", "hadamard": 16}, "no scales"),
+        ({"scale_rule": "4over5"}, "unknown scale rule.*known: amax, ceil, 4over6, 4over6_mse, best.*'4over6'"),
+        ({"scale_rule": "ceil"}, "'nvfp4' has no scale rule 'ceil', only amax, 4over6, .*for mxfp4, mxfp8"),
+        ({"format": "mxfp4", "scale_rule": "best"}, "only amax, ceil; 'best' is for nvfp4"),
+        ({"scale_rule": "4over6", "rounding": "stochastic"}, "biases stochastic rounding"),
+        ({"format": "mxfp4", "outer": "row"}, "no FP32 scale above its blocks"),
     ],
 )
 def test_a_cast_checks_itself(arguments, message):
     with pytest.raises(ValueError, match=message):
         Cast(**arguments)
+
+
+def test_a_cast_says_what_it_is():
+    assert str(Cast(scale_rule="4over6")) == "nvfp4 1×16 RNE 4over6"
+    assert str(Cast("mxfp4", square=True, scale_rule="ceil")) == "mxfp4 32×32 RNE ceil"
+    mxfp4 = Cast("mxfp4", rounding="stochastic", headroom=MX_SR_HEADROOM, hadamard=32)
+    assert str(mxfp4) == "mxfp4 1×32 RHT-32 SR headroom 1.33333"
+    recipe = Recipe("mine", (Cast(scale_rule="best"), Cast("mxfp8")), (mxfp4, mxfp4), (Cast("mxfp4"), Cast("mxfp4")))
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert recipe.token_multiple == 32 and recipe.per_token().dgrad == recipe.dgrad
+    values = RECIPES["nvfp4"].to_dict()
+    for gemm in RECIPES["nvfp4"].gemms:  # a config.json from before there were scale rules
+        values[gemm] = [{k: v for k, v in cast.items() if k != "scale_rule"} for cast in values[gemm]]
+    assert Recipe.from_dict(values) == RECIPES["nvfp4"]
+
+
+def test_every_format_knows_its_scales():
+    for fmt in FORMATS.values():
+        assert set(fmt.scale_rules) <= set(SCALE_RULES) and fmt.scale_rules[0] == "amax"
+        assert (fmt.scale_dtype is None) == (fmt.block is None)
+    assert FORMATS["nvfp4"].scale_dtype == torch.float8_e4m3fn and FORMATS["mxfp4"].block == 32
 
 
 def test_a_recipe_checks_itself():

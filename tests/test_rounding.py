@@ -1,5 +1,7 @@
 """Elements, random bits and rotations: the grids, the exact probabilities, the order of operations."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -182,6 +184,14 @@ def test_the_butterfly_adds_in_the_prescribed_order(size):
         h *= 2
     expected = (torch.stack(columns, 1) * torch.tensor(size**-0.5)).bfloat16().view(x.shape)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="inductor needs a C++ compiler")
+def test_a_compiled_rotation_is_rounded_to_bf16_too():
+    x = torch.randn(64, 256)
+    x[0, 0], x[0, 32] = NAN, torch.inf
+    compiled = torch.compile(lambda x: rotate(x, 32).float() + 1.0, fullgraph=True)
+    assert torch.equal(compiled(x).nan_to_num(nan=7.0), (rotate(x, 32).float() + 1.0).nan_to_num(nan=7.0))
 
 
 def test_a_rotation_is_orthogonal_and_cancels_in_the_product():
