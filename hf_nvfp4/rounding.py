@@ -52,7 +52,8 @@ def encode(values: Tensor, element: Element) -> Tensor:
     """
     if element.dtype is not None:
         codes = values.to(element.dtype).view(torch.uint8)
-        return codes.masked_fill_(values.isnan(), 0x7F)
+        negative_nan = (codes == 0xFF).view(torch.uint8)
+        return codes.bitwise_xor_(negative_nan * 0x80)
     values = values.nan_to_num(element.max)
     # Exponent and mantissa are adjacent in FP32 too: shift them down and move the exponent's bias.
     magnitude = values.abs()
