@@ -1,0 +1,246 @@
+"""scripts/bench.py on the CPU: what it refuses to time, what it counts, and that its numbers are consistent."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hf_nvfp4 import Cast, NVFP4Linear, benchmarks, timing, yardstick
+from hf_nvfp4.backends import BACKENDS, bf16, reference
+from hf_nvfp4.recipes import get_recipe
+
+SMALL = ["--device", "cpu", "--backend", "bf16", "--rounds", "2"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """scripts/bench.py as a module."""
+    path = Path(__file__).resolve().parents[1] / "scripts" / "bench.py"
+    spec = importlib.util.spec_from_file_location("script_bench", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """The yardstick registered, its graphs traced whole but not handed to inductor, which would take a minute."""
+    compile_ = torch.compile
+    monkeypatch.setitem(BACKENDS, "inductor", yardstick)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
+    yardstick._compiled.cache_clear()
+    with torch._dynamo.config.patch(recompile_limit=1000):
+        yield
+    yardstick._compiled.cache_clear()
+
+
+def run(bench, tmp_path, *argv):
+    """Exit status and results of a run."""
+    status = bench.main([*argv, *SMALL, "--json", str(tmp_path / "bench.json")])
+    return status, json.loads((tmp_path / "bench.json").read_text())
+
+
+# ---- From end to end -----------------------------------------------------------------------------------
+
+
+def test_casts_and_a_linear_layer(bench, tmp_path, capsys, traced):
+    shapes = ["--cast_shapes", "64x128", "--linear_shapes", "48x64x128", "--recipes", "nvfp4", "fp8"]
+    status, report = run(bench, tmp_path, "casts", "linear", *shapes, "--casts", "all")
+    out = capsys.readouterr().out
+    assert status == 0, out
+    first = out.splitlines()[0]
+    assert first.startswith("device cpu (") and "backend bf16, recipe nvfp4, fp8" in first and "triton" in first
+    casts, linear = (result["rows"] for result in report["results"])
+    assert set(benchmarks.CASTS) < set(casts)
+    assert casts["sr"]["check"] == casts["nvfp4 dy"]["check"] == "bit-exact"
+    assert casts["sr"]["bytes_read"] == 2 * 2 * 64 * 128 and casts["sr"]["bytes_written"] == 2 * 64 * 128 + 4
+    assert casts["rht_kept"]["bytes_written"] == 64 * 128 * 9 // 16 + 4
+    assert casts["fp8"]["bytes_read"] == 2 * 64 * 128
+    assert casts["copy"]["ratio"] == casts["copy"]["share_of_copy"] == 1
+    assert list(linear) == ["nn.Linear", "nvfp4", "nvfp4, inductor", "fp8", "fp8, inductor", "copy"]
+    assert linear["nn.Linear"]["saved_bytes"] == 2 * 48 * 64 and linear["nn.Linear"]["ratio"] == 1
+    assert linear["nvfp4"]["saved_bytes"] == 48 * 64 * 9 // 16 + 4
+    assert "casts bit-exact" in linear["nvfp4"]["check"] and linear["nvfp4"]["floor"] > 1
+    assert "| nvfp4, inductor |" in out and "GB/s" in out
+
+
+def test_a_model(bench, tmp_path, capsys):
+    status, report = run(bench, tmp_path, "model", "--size", "tiny", "--batch", "1", "--sequence_length", "32")
+    assert status == 0, capsys.readouterr().out
+    rows = report["results"][0]["rows"]
+    assert list(rows) == ["nn.Linear", "nvfp4"]
+    assert rows["nvfp4"]["check"].startswith("3 layer shapes") and len(rows["nvfp4"]["decisions"]) == 29
+    assert " 21 of 29 |" in capsys.readouterr().out
+    assert abs(rows["nvfp4"]["loss"] - rows["nn.Linear"]["loss"]) < 0.5
+
+
+def test_fp32_weights_run_under_autocast(bench, tmp_path, traced):
+    argv = ["linear", "--linear_shapes", "32x64x64", "--weights", "float32"]
+    status, report = run(bench, tmp_path, *argv)
+    rows = report["results"][0]["rows"]
+    assert status == 0
+    assert rows["nn.Linear"]["saved_bytes"] == 2 * 32 * 64 + 2 * 64 * 64  # the weight's BF16 copy too
+
+
+# ---- What fails ----------------------------------------------------------------------------------------
+
+
+def test_a_variant_that_fails_is_a_row_and_the_others_go_on(bench, tmp_path, capsys, monkeypatch):
+    honest = bf16.cast
+
+    def broken(x, row, col, keep_col):
+        if row == Cast(rounding="stochastic"):
+            raise RuntimeError("no such | instruction\nsecond line")
+        return honest(x, row, col, keep_col)
+
+    monkeypatch.setattr(bf16, "cast", broken)
+    status, report = run(bench, tmp_path, "casts", "--cast_shapes", "32x64", "--casts", "sr", "rne")
+    rows, out = report["results"][0]["rows"], capsys.readouterr().out
+    assert status == 1
+    assert rows["sr"]["error"] == "RuntimeError: no such | instruction" and "broken" in rows["sr"]["traceback"]
+    assert "time" in rows["rne"] and "time" not in rows["sr"] and rows["nvfp4 dy"]["error"]
+    assert "ERROR RuntimeError: no such / instruction" in out and "2 failed" in out
+
+
+def test_a_wrong_cast_is_not_timed(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bf16, "cast", _one_code_off(bf16.cast))
+    argv = ["--cast_shapes", "32x64", "--linear_shapes", "32x64x64", "--casts", "rne", "--inductor", "none"]
+    status, report = run(bench, tmp_path, "casts", "linear", *argv)
+    casts, linear = (result["rows"] for result in report["results"])
+    assert status == 1
+    assert casts["rne"]["error"] == "Wrong: row operand: 1 of 2,048 values differ from backend reference"
+    assert "time" not in casts["rne"] and "time" not in linear["nvfp4"] and "time" in linear["nn.Linear"]
+
+
+def _one_code_off(cast):
+    def off(x, row, col, keep_col):
+        operands = cast(x, row, col, keep_col)
+        if operands[0] is not None:
+            operands[0].values[0, 0] = 2 * operands[0].values[0, 0] + 1
+        return operands
+
+    return off
+
+
+def test_another_seed_and_nan_are_wrong(device):
+    base = benchmarks.Step.of_linear((64, 64, 64), device, torch.bfloat16)
+    step = base.with_recipe(get_recipe("nvfp4"), "reference")
+    expected = step.results()
+    assert "casts bit-exact" in benchmarks.check_step(step, expected)["check"]
+    torch.manual_seed(99)
+    step()
+    with pytest.raises(benchmarks.Wrong, match="dw is .* more than"):
+        benchmarks.check_close("dw", step.layer.weight.grad, expected["dw"], 2e-2)
+    with pytest.raises(benchmarks.Wrong, match="nan"):
+        benchmarks.check_close("y", expected["y"] * float("nan"), expected["y"], 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["sing"], "unknown benchmark 'sing'; known: casts, linear, model"),
+        (["--casts", "rnd"], "unknown cast 'rnd'"),
+        (["--recipes", "nvfp5"], "Did you mean 'nvfp4'?"),
+        (["--backend", "bf61"], "Did you mean 'bf16'?"),
+        (["--cast_shapes", "64"], "'64' is not 2 sizes, as 4096x4096"),
+        (["--linear_shapes", "64x0x64"], "'64x0x64' is not 3 sizes"),
+        (["--rounds", "0"], "at least 1"),
+    ],
+)
+def test_bad_options_are_a_sentence(bench, capsys, argv, sentence):
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*argv, "--device", "cpu"])
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+# ---- The yardstick -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4_unbiased", "fp8", "fp8_tensor", "bf16"])
+def test_the_yardstick_computes_what_the_recipe_says(device, traced, recipe):
+    base = benchmarks.Step.of_linear((33, 64, 128), device, torch.bfloat16)  # tokens are padded
+    recipe = get_recipe(recipe)
+    expected = base.with_recipe(recipe, "reference").results()
+    row = benchmarks.check_step(base.with_recipe(recipe, "inductor"), expected)
+    assert row["backend"] == "inductor" and row["error_norm"] < 1e-2
+    for call in benchmarks.layer_calls(recipe).values():
+        assert "exact" in benchmarks.check_cast(yardstick, call, base.x.detach()) or recipe.name == "fp8"
+
+
+def test_the_yardstick_adds_a_bias(device, traced):
+    layer = NVFP4Linear(32, 48, recipe="nvfp4", backend="inductor", device=device)
+    x = torch.randn(16, 32, device=device)
+    y = layer(x)
+    layer.backend = "reference"
+    assert torch.allclose(y, layer(x), atol=1e-5)
+
+
+# ---- Clocks and counts ---------------------------------------------------------------------------------
+
+
+def test_variants_take_turns_and_one_that_raises_leaves():
+    calls = []
+
+    def variant(name, fails_at=None):
+        def run():
+            calls.append(name)
+            if calls.count(name) == fails_at:
+                raise ValueError(name)
+
+        return run
+
+    variants = {"a": variant("a"), "b": variant("b", fails_at=4), "c": variant("c")}
+    results = timing.interleave(variants, timing.HostClock(), rounds=3, warmup=1)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"  # each round begins with another one
+    assert list(results) == ["a", "b", "c"] and isinstance(results["b"], ValueError)
+    assert len(results["a"].seconds) == 3 and results["a"].launch is None
+
+
+def test_ratios_are_taken_round_by_round():
+    base, other = timing.Timing((1.0, 2.0, 4.0)), timing.Timing((2.0, 4.0, 4.0))
+    assert base.median == 2 and other.ratio(base) == 2
+    assert other.to_dict() == {
+        "median_seconds": 4.0,
+        "min_seconds": 2.0,
+        "max_seconds": 4.0,
+        "rounds": 3,
+        "launch_seconds": None,
+    }
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameters(device):
+    layer = nn.Linear(32, 32, bias=False, device=device)
+    x = torch.randn(16, 32, device=device, requires_grad=True)
+    assert timing.saved_bytes(lambda: layer(x), [layer.weight]) == x.nbytes
+    assert timing.saved_bytes(lambda: layer(x)) == x.nbytes + layer.weight.nbytes
+    assert timing.saved_bytes(lambda: x[:8] * x[8:]) == x.nbytes  # views of one storage
+    assert layer(x).sum().backward() is None and layer.weight.grad is not None
+
+
+def test_layer_calls_are_those_of_the_layer(device, monkeypatch):
+    recipe, seen = get_recipe("nvfp4"), []
+    honest = reference.cast
+
+    def spy(x, row, col, keep_col):
+        seen.append((tuple(x.shape), benchmarks.Call(row, col, keep_col)))
+        return honest(x, row, col, keep_col)
+
+    monkeypatch.setattr(reference, "cast", spy)
+    benchmarks.Step.of_linear((16, 32, 48), device, torch.bfloat16).with_recipe(recipe, "reference")()
+    shapes = {"x": (16, 32), "w": (48, 32), "dy": (16, 48), "w in backward": (48, 32)}
+    expected = [(shapes[tensor], call) for tensor, call in benchmarks.layer_calls(recipe).items()]
+    assert sorted(seen, key=str) == sorted(expected, key=str)
+    assert benchmarks.layer_calls(get_recipe("bf16")) == {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures GPU time and memory")
+def test_gpu_clock_memory_and_kernels():
+    device = torch.device("cuda")
+    clock, x = timing.clock_for(device), torch.randn(4096, 4096, device=device)
+    timings = timing.interleave({"one": x.clone, "two": lambda: (x.clone(), x.clone())}, clock, rounds=5)
+    assert 1.2 < timings["two"].ratio(timings["one"]) < 3 and timings["one"].launch > 0
+    assert timing.peak_bytes(x.clone, device) == x.nbytes
+    assert sum(timing.kernel_seconds(x.clone, device).values()) < timings["one"].median * 1.5
