@@ -42,12 +42,10 @@ def backend_for(name: str, recipe: Recipe, device: torch.device) -> ModuleType:
 def cast(x: Tensor, backend: ModuleType, *, row: Cast | None = None, col: Cast | None = None, keep_col: bool = False):
     """x [M, K] quantized along K by `row`, and xᵀ [K, M] along M by `col`; None where not asked for.
 
+    M is padded with zeros to the multiple that col's blocks and rotation need.
     keep_col: return the second packed, to be saved for the backward pass.
     """
-    return (
-        None if row is None else backend.cast(x, row),
-        None if col is None else backend.cast(x.T.contiguous(), col, keep_col),
-    )
+    return backend.cast(x, row, col, keep_col)
 
 
 def multiply(a, b, backend: ModuleType, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:

@@ -26,12 +26,9 @@ class LinearFunction(torch.autograd.Function):
         """
         module = backend_for(backend, recipe, x.device)
         with torch.autocast(x.device.type, enabled=False):
-            x_row, _ = cast(x, module, row=recipe.fprop.a)
+            x_row, x_col = cast(x, module, row=recipe.fprop.a, col=recipe.wgrad.b if wgrad else None, keep_col=True)
             w_row, _ = cast(weight.to(x.dtype), module, row=recipe.fprop.b)
             y = multiply(x_row, w_row, module, x.dtype, bias)
-            x_col = None
-            if wgrad:
-                _, x_col = cast(_pad_tokens(x, recipe), module, col=recipe.wgrad.b, keep_col=True)
         ctx.save_for_backward(weight, *(x_col.tensors if wgrad else ()))
         ctx.operand = type(x_col)
         ctx.recipe, ctx.module, ctx.dtype = recipe, module, x.dtype
@@ -47,23 +44,18 @@ class LinearFunction(torch.autograd.Function):
         needs_dgrad, needs_wgrad, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
         with torch.autocast(dy.device.type, enabled=False):
+            dy_row, dy_col = cast(
+                dy, module, row=recipe.dgrad.a if needs_dgrad else None, col=recipe.wgrad.a if needs_wgrad else None
+            )
             if needs_dgrad:
-                dy_row, _ = cast(dy, module, row=recipe.dgrad.a)
                 _, w_col = cast(weight.to(ctx.dtype), module, col=recipe.dgrad.b)
                 dx = multiply(dy_row, w_col, module, ctx.dtype)  # [T, N] @ [N, K]
             if needs_wgrad:
-                _, dy_col = cast(_pad_tokens(dy, recipe), module, col=recipe.wgrad.a)
                 x_col = ctx.operand(*x_col, recipe.wgrad.b)
                 dw = multiply(dy_col, x_col, module, weight.dtype)  # [N, T] @ [T, K]
             if needs_bias:
-                db = dy.float().sum(0).to(ctx.bias_dtype)
+                db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return dx, dw, db, None, None, None
-
-
-def _pad_tokens(x: Tensor, recipe: Recipe) -> Tensor:
-    """Zero rows up to the multiple of tokens that wgrad's blocks need."""
-    missing = -x.shape[0] % recipe.token_multiple
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 class NVFP4Linear(nn.Linear):

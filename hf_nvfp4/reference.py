@@ -71,7 +71,8 @@ def _amax(x: Tensor, outer: str) -> Tensor:
 
 def _scale_for(amax: Tensor, largest: float) -> Tensor:
     """The FP32 scale that maps amax to `largest`; 1 where all is zero. Not finite where amax is not."""
-    return torch.where(amax == 0, torch.ones_like(amax), amax / largest)
+    # A true division: by a number, torch multiplies by its inverse on a GPU.
+    return torch.where(amax == 0, torch.ones_like(amax), amax / torch.full_like(amax, largest))
 
 
 def _divisor(amax: Tensor, largest: float) -> Tensor:
@@ -194,7 +195,7 @@ def _one_level(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
     fmt = cast.block_format
     blocks = _block_view(x, fmt.block if cast.square else 1, fmt.block)
     scales = _divisor(blocks.abs().amax(dim=(1, 3), keepdim=True), fmt.element.max / cast.headroom)
-    return blocks / scales, scales, torch.ones((), device=x.device)
+    return blocks * (1.0 / scales), scales, torch.ones((), device=x.device)
 
 
 def prepare(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -220,7 +221,7 @@ def quantize_rows(x: Tensor, amax: Tensor, seed: Tensor | None, cast: Cast, firs
         scaled, scales, tensor_scale = _two_level(x, amax, cast)
     elif fmt.tensor_scale:
         tensor_scale = _divisor(amax, fmt.element.max / cast.headroom)
-        scaled, scales = _block_view(x / tensor_scale, 1, x.shape[1]), None
+        scaled, scales = _block_view(x * (1.0 / tensor_scale), 1, x.shape[1]), None
     else:
         scaled, scales, tensor_scale = _block_view(x, 1, x.shape[1]), None, torch.ones((), device=x.device)
     dither = None

@@ -15,7 +15,7 @@ ALLOWED = {
     "recipes": {"formats"},
     "rounding": {"formats"},
     "reference": {"formats", "recipes", "rounding"},
-    "backends": {"formats", "recipes", "reference", "rounding", "backends"},
+    "backends": {"formats", "recipes", "reference", "rounding", "backends", "ops"},
     "gemm": {"formats", "recipes", "reference", "backends"},
     "linear": {"gemm", "recipes"},
     "convert": {"backends", "gemm", "linear", "recipes"},

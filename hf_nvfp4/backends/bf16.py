@@ -3,37 +3,29 @@
 An E2M1 element times its E4M3 block scale has at most 6 significant bits and BF16 holds 8, so the operands
 are exact and every product is the one that FP4 tensor cores compute; only the order of summation differs.
 The tensor scales multiply the FP32 result. Formats with FP32 block scales are rounded to BF16, and say so.
+
+On a GPU the casts are Triton kernels (hf_nvfp4.ops), bit for bit the same as the plain PyTorch of the CPU.
 """
 
+import importlib.util
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_nvfp4.backends.operand import Operand, is_plain, plain, transposed
 from hf_nvfp4.formats import BlockFormat, Element
 from hf_nvfp4.recipes import Cast, Recipe
 from hf_nvfp4.reference import QuantizedTensor, pack, prepare, quantize_rows
 
+if importlib.util.find_spec("triton") is None:
+    kernels = None
+else:
+    from hf_nvfp4.backends import kernels
 
-@dataclass
-class Operand:
-    """values: BF16 [M, K], element × block scale; scale: FP32 scalar or [M, 1] above them, or None for 1."""
-
-    values: Tensor
-    scale: Tensor | None
-    cast: Cast
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What a later `Operand(*tensors, cast)` is made of."""
-        return self.values, self.scale
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """[M, K] with the scale multiplied out, in dtype."""
-        values = self.values.to(dtype)
-        return values if self.scale is None else values * self.scale.to(dtype)
+# Devices whose casts are kernels; the tests add the CPU, where Triton's interpreter runs them.
+KERNEL_DEVICES = {"cuda"}
 
 
 def supports(recipe: Recipe, device: torch.device) -> str | None:
@@ -57,11 +49,27 @@ def exactness(recipe: Recipe) -> str:
     return f"{', '.join(inexact)} operands rounded to BF16" if inexact else "exact"
 
 
-def cast(x: Tensor, cast: Cast, keep: bool = False) -> Operand | QuantizedTensor:
-    """x [M, K] as BF16 values and a scale; packed codes and scales if it is to be kept."""
-    if cast.block_format.high_precision and cast.rounding == "nearest":
-        return Operand(x.to(cast.block_format.element.dtype), None, cast)
-    x, amax, seed = prepare(x, cast)
+def _use_kernels(x: Tensor) -> bool:
+    return kernels is not None and x.device.type in KERNEL_DEVICES
+
+
+# ---------------------------------------------------------------------------- cast
+
+def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False):
+    """x [M, K] and xᵀ as BF16 values and a scale above them; xᵀ as packed codes and scales if it is to be kept."""
+    if _use_kernels(x):
+        return kernels.cast(x, row, col, keep_col)
+    return (
+        None if row is None else _cast(x, row, keep=False),
+        None if col is None else _cast(transposed(x, col), col, keep_col),
+    )
+
+
+def _cast(x: Tensor, cast: Cast, keep: bool) -> Operand | QuantizedTensor:
+    """The same in plain PyTorch, one orientation."""
+    if is_plain(cast):
+        return plain(x, cast)
+    x, amax, seed = prepare(x.contiguous(), cast)
     rows = _rows_at_once(x)
     keep = keep and not cast.block_format.high_precision
     parts = []
@@ -91,11 +99,15 @@ def _concatenate(parts: list):
     return type(parts[0])(*joined, parts[0].cast)
 
 
+# ---------------------------------------------------------------------------- multiply
+
 def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """[M, K] @ [N, K].T, accumulated in FP32, scaled, the bias added, rounded once to dtype."""
     a, b = _unpacked(a), _unpacked(b)
-    if a.scale is None and b.scale is None and bias is None and dtype == torch.bfloat16:
-        return a.values @ b.values.T
+    if a.scale is None and b.scale is None and dtype == torch.bfloat16:
+        return a.values @ b.values.T if bias is None else torch.addmm(bias.to(dtype), a.values, b.values.T)
+    if _use_kernels(a.values) and (product := kernels.multiply(a, b, dtype, bias)) is not None:
+        return product
     product = _matmul_fp32(a.values, b.values)
     if a.scale is not None:
         product = product * a.scale
@@ -107,7 +119,8 @@ def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
 def _unpacked(operand: Operand | QuantizedTensor) -> Operand:
     if isinstance(operand, Operand):
         return operand
-    return Operand(operand.values().to(torch.bfloat16), operand.tensor_scale, operand.cast)
+    values = kernels.values(operand) if _use_kernels(operand.codes) else operand.values().to(torch.bfloat16)
+    return Operand(values, operand.tensor_scale, operand.cast)
 
 
 def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:

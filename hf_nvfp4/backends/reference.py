@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_nvfp4.backends.bf16 import Operand
+from hf_nvfp4.backends.operand import Operand, is_plain, plain, transposed
 from hf_nvfp4.recipes import Cast, Recipe
 from hf_nvfp4.reference import QuantizedTensor, pack, quantize_blocks
 
@@ -18,9 +18,18 @@ def exactness(recipe: Recipe) -> str:
     return "exact"
 
 
-def cast(x: Tensor, cast: Cast, keep: bool = False) -> QuantizedTensor | Operand:
-    """x [M, K] as packed codes and scales."""
-    blocks = quantize_blocks(x, cast)
+def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False):
+    """Both orientations as packed codes and scales."""
+    return (
+        None if row is None else _cast(x, row),
+        None if col is None else _cast(transposed(x, col), col),
+    )
+
+
+def _cast(x: Tensor, cast: Cast) -> QuantizedTensor | Operand:
+    if is_plain(cast):
+        return plain(x, cast)
+    blocks = quantize_blocks(x.contiguous(), cast)
     if cast.block_format.high_precision:
         return Operand(blocks.values().to(cast.block_format.element.dtype), None, cast)
     return pack(blocks, cast)

@@ -1,0 +1,155 @@
+"""From casts to Triton kernels (hf_nvfp4.ops): what the backends do on a GPU. Needs Triton to be imported.
+
+Knows how a `Cast` reads as a kernel's Spec, and what the kernels leave to PyTorch: rotations beyond 16, casts to
+plain types, scales for each row of xᵀ.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_nvfp4 import ops
+from hf_nvfp4.backends.operand import Operand, is_plain, plain, transposed
+from hf_nvfp4.formats import Element
+from hf_nvfp4.recipes import Cast
+from hf_nvfp4.reference import QuantizedTensor, draw_seed, quantize_blocks, rotate
+
+NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS = range(5)
+
+
+@functools.cache
+def spec(cast: Cast) -> str:
+    """A cast as text that the kernels read."""
+    fmt = cast.block_format
+    scale = fmt.scale.name if isinstance(fmt.scale, Element) else fmt.scale or "none"
+    return str(
+        ops.Spec(
+            element=fmt.element.name,
+            block=fmt.block or 0,
+            scale=scale,
+            square=cast.square,
+            stochastic=cast.rounding == "stochastic",
+            hadamard=cast.hadamard,
+            headroom=cast.headroom,
+            per_row=cast.outer == "row",
+            scale_rule=cast.scale_rule,
+        )
+    )
+
+
+@dataclass
+class Kept:
+    """xᵀ [K, M] saved for backward: codes uint8 [M/16, K, 2·bits], block scales [M/block, K], FP32 scale above them.
+
+    It lies in memory as x does, so that neither writing nor reading it transposes.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    tensor_scale: Tensor
+    cast: Cast
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a later `Kept(*tensors, cast)` is made of."""
+        return self.codes, self.scales, self.tensor_scale
+
+
+def quantize(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_out: int):
+    """Casts that the kernels know: amax, seeds and the cast itself.
+
+    Returns data, block scales (None without) and FP32 scale of each orientation, Nones for one not asked for.
+    """
+    of_row = row is not None and row.block_format.tensor_scale
+    of_col = col is not None and col.block_format.tensor_scale
+    if row is not None and row.outer == "row":
+        amax = x.abs().amax(1).float()
+    elif of_row or of_col:
+        amax = ops.amax(x, of_row, col.hadamard if of_col else -1)
+    else:
+        amax = x.new_empty(2, dtype=torch.float32)
+    seeds = [draw_seed(x.device) if c is not None and c.rounding == "stochastic" else None for c in (row, col)]
+    texts = [None if c is None else spec(c) for c in (row, col)]
+    out = ops.cast(x, amax, *seeds, texts[0], row_out, texts[1], col_out)
+    both = []
+    for cast, how in ((row, row_out), (col, col_out)):
+        if cast is None:
+            both += [None, None, None]
+        elif how == VALUES or cast.block_format.scale is None:
+            both += [out.pop(0), None, out.pop(0)]
+        else:
+            both += [out.pop(0), out.pop(0), out.pop(0)]
+    return both
+
+
+def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool):
+    """Backend `bf16`'s cast: values, or packed for xᵀ if it is to be kept."""
+    if row is not None and (is_plain(row) or row.hadamard or row.outer == "row"):
+        return _alone(x, row), cast(x, None, col, keep_col)[1]
+    if col is not None and (is_plain(col) or not _kernel_column(col, keep_col)):
+        return cast(x, row, None, False)[0], _alone_transposed(x, col, keep_col)
+    if row is None and col is None:
+        return None, None
+    out = quantize(x, row, VALUES if row else NOTHING, col, (CODES_ACROSS if keep_col else VALUES) if col else NOTHING)
+    a = Operand(out[0], out[2], row) if row else None
+    b = None
+    if col is not None:
+        b = Kept(*out[3:], col) if keep_col else Operand(out[3].T, out[5], col)
+    return a, b
+
+
+def _kernel_column(col: Cast, keep: bool) -> bool:
+    """Whether the kernels quantize xᵀ from x. Square blocks are the same both ways: values are transposed instead."""
+    fits = col.hadamard <= 16 and col.outer == "tensor" and not col.block_format.high_precision
+    return fits and not (col.square and not keep)
+
+
+def _alone(x: Tensor, cast: Cast, keep: bool = False) -> Operand | QuantizedTensor:
+    """x along its last dimension, with what the kernels leave to PyTorch done first."""
+    if is_plain(cast):
+        return plain(x, cast)
+    if cast.block_format.high_precision:
+        return Operand(quantize_blocks(x, cast).values().to(cast.block_format.element.dtype), None, cast)
+    known = cast
+    if cast.hadamard:
+        x, known = rotate(x, cast.hadamard), dataclasses.replace(cast, hadamard=0)
+    out = quantize(x.contiguous(), known, CODES if keep else VALUES, None, NOTHING)
+    return packed(*out[:3], cast) if keep else Operand(out[0], out[2], cast)
+
+
+def _alone_transposed(x: Tensor, cast: Cast, keep: bool) -> Operand | QuantizedTensor:
+    if cast.square and not keep:
+        square = _alone(transposed(x, cast).T, cast)
+        return Operand(square.values.T, square.scale, cast)
+    return _alone(transposed(x, cast), cast, keep)
+
+
+def packed(codes: Tensor, scales: Tensor, tensor_scale: Tensor, cast: Cast) -> QuantizedTensor:
+    """The kernels' bytes as a QuantizedTensor."""
+    scale = cast.block_format.scale
+    if isinstance(scale, Element):
+        scales = scales.view(scale.dtype)
+    return QuantizedTensor(codes, scales, tensor_scale, cast)
+
+
+def values(q: QuantizedTensor | Kept) -> Tensor:
+    """code × block scale in BF16 [M, K]."""
+    if isinstance(q, Kept):
+        return ops.dequantize(q.codes, q.scales, spec(q.cast), True).T
+    scales = q.scales
+    if scales is not None and scales.dtype != torch.float32:
+        scales = scales.view(torch.uint8)
+    return ops.dequantize(q.codes, scales, spec(q.cast), False)
+
+
+def multiply(a: Operand, b: Operand, dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
+    """The product with its scales in one GEMM; None if there is no such GEMM for these operands."""
+    scales = [s for s in (a.scale, b.scale) if s is not None]
+    if any(s.dim() for s in scales) or ops.unfit(a.values, b.values, dtype):
+        return None
+    one = torch.ones((), device=a.values.device) if len(scales) < 2 else None
+    scale_a, scale_b = (one if o.scale is None else o.scale for o in (a, b))
+    return ops.scaled_matmul(a.values, b.values, scale_a, scale_b, bias, dtype)

@@ -1,0 +1,47 @@
+"""What backends share: an operand in high precision or as BF16 values, and xᵀ as an operand."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_nvfp4.recipes import Cast
+
+
+@dataclass
+class Operand:
+    """values: BF16 [M, K], element × block scale; scale: FP32 scalar or [M, 1] above them, or None for 1."""
+
+    values: Tensor
+    scale: Tensor | None
+    cast: Cast
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a later `Operand(*tensors, cast)` is made of."""
+        return self.values, self.scale
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """[M, K] with the scale multiplied out, in dtype."""
+        values = self.values.to(dtype)
+        return values if self.scale is None else values * self.scale.to(dtype)
+
+
+def is_plain(cast: Cast) -> bool:
+    """Whether a cast is a rounding to a torch dtype and nothing else."""
+    return cast.block_format.high_precision and cast.rounding == "nearest"
+
+
+def plain(x: Tensor, cast: Cast) -> Operand:
+    """x as an operand of a cast that `is_plain`."""
+    return Operand(x.to(cast.block_format.element.dtype), None, cast)
+
+
+def transposed(x: Tensor, cast: Cast) -> Tensor:
+    """x [M, K] -> xᵀ [K, M'], a view: M is a contraction dimension now, padded with zeros for blocks and rotations.
+
+    The same padding for both operands of a GEMM, whatever their formats: their rotations are equal.
+    """
+    missing = -x.shape[0] % max(16, cast.hadamard)
+    return (F.pad(x, (0, 0, 0, missing)) if missing else x).T

@@ -1,0 +1,7 @@
+"""Triton kernels for block-quantized operands of GEMMs: cast, dequantize, multiply. See ops.py and spec.py."""
+
+from .blas import unfit
+from .ops import amax, cast, dequantize, padded, scaled_matmul
+from .spec import Spec
+
+__all__ = ["Spec", "amax", "cast", "dequantize", "padded", "scaled_matmul", "unfit"]

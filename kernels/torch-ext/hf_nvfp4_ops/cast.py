@@ -1,0 +1,278 @@
+"""Triton kernels: the amax of a tensor, the cast of a tile in both orientations, and its inverse.
+
+What the arithmetic is, numerics.py knows; here are addresses, tiles and what is written. One read of x [M, K] serves
+both orientations: `row` has its blocks along K, `col` quantizes xᵀ, with blocks along M and the Hadamard transform
+before it. Threads hold 16 neighbours along the contraction dimension, so that nothing but a transposed store passes
+through shared memory; transposes come before narrow casts.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import (
+    as_float,
+    as_int,
+    block_scales,
+    dither,
+    halves,
+    largest16,
+    rotate,
+    round_bf16,
+    round_magnitude,
+    scale_above,
+    signed_code,
+    to_bf16,
+    with_sign,
+)
+
+# What an orientation writes: BF16 values, or codes and scales; SWIZZLED: the scales as FP4 tensor cores want them;
+# ACROSS: codes and scales of 16 neighbours together, block after block, as x lies in memory.
+NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS = range(5)
+
+
+import os
+WIDE = tl.constexpr(os.environ.get("WIDE", "1") == "1")
+
+
+# ---------------------------------------------------------------------------- tiles from memory and back
+
+@triton.jit
+def _load(ptr, inside, EVEN: tl.constexpr):
+    return tl.load(ptr) if EVEN else tl.load(ptr, mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(ptr, v, inside, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(ptr, v)
+    else:
+        tl.store(ptr, v, mask=inside)
+
+
+@triton.jit
+def _load_rows(ptr, rows, groups, stride, M, K, EVEN: tl.constexpr):
+    """x[rows, 16 · groups + 0..15] as [R, B, 16] in FP32; zeros outside, of which there is none if EVEN."""
+    R: tl.constexpr = rows.shape[0]
+    B: tl.constexpr = groups.shape[0]
+    at = rows[:, None, None].to(tl.int64) * stride + groups[None, :, None] * 16 + tl.arange(0, 8)[None, None, :]
+    inside = (rows < M)[:, None, None] & (groups < K // 16)[None, :, None]
+    both = tl.join(_load(ptr + at, inside, EVEN), _load(ptr + at + 8, inside, EVEN))
+    return tl.reshape(tl.permute(both, (0, 1, 3, 2)), (R, B, 16)).to(tl.float32)
+
+
+@triton.jit
+def _load_columns(ptr, columns, groups, stride, M, K, EVEN: tl.constexpr):
+    """xᵀ[columns, 16 · groups + 0..15] as [R, B, 16] in FP32; zeros outside, of which there is none if EVEN."""
+    R: tl.constexpr = columns.shape[0]
+    B: tl.constexpr = groups.shape[0]
+    at = ptr + columns[:, None] + (groups * 16)[None, :].to(tl.int64) * stride
+    sixteen = ()
+    for i in tl.static_range(16):
+        inside = (columns < K)[:, None] & (groups * 16 + i < M)[None, :]
+        sixteen = sixteen + (_load(at, inside, EVEN),)
+        at += stride
+    eight = ()
+    for i in tl.static_range(8):
+        eight = eight + (tl.join(sixteen[i], sixteen[i + 8]),)
+    four = ()
+    for i in tl.static_range(4):
+        four = four + (tl.join(eight[i], eight[i + 4]),)
+    both = tl.join(tl.join(four[0], four[2]), tl.join(four[1], four[3]))
+    return tl.reshape(both, (R, B, 16)).to(tl.float32)
+
+
+@triton.jit
+def _store_rows(ptr, v, rows, groups, M, K, EVEN: tl.constexpr):
+    """Inverse of `_load_rows`, to a contiguous BF16 [M, K]."""
+    at = rows[:, None, None].to(tl.int64) * K + groups[None, :, None] * 16
+    inside = (rows < M)[:, None, None] & (groups < K // 16)[None, :, None]
+    if WIDE:
+        _store(ptr + at + tl.arange(0, 16)[None, None, :], to_bf16(v), inside, EVEN)
+    else:
+        low, high = halves(to_bf16(v), 8)
+        _store(ptr + at + tl.arange(0, 8)[None, None, :], low, inside, EVEN)
+        _store(ptr + at + (8 + tl.arange(0, 8))[None, None, :], high, inside, EVEN)
+
+
+@triton.jit
+def _store_columns(ptr, v, columns, groups, M, K, EVEN: tl.constexpr):
+    """Inverse of `_load_columns`, to a contiguous BF16 [M, K], M a multiple of 16."""
+    R: tl.constexpr = columns.shape[0]
+    B: tl.constexpr = groups.shape[0]
+    even, odd = tl.split(tl.reshape(to_bf16(v), (R, B, 2, 2, 2, 2)))
+    even_low, even_high = tl.split(even)
+    odd_low, odd_high = tl.split(odd)
+    four = (even_low, odd_low, even_high, odd_high)
+    eight = ()
+    for half in tl.static_range(2):
+        for i in tl.static_range(4):
+            eight = eight + (tl.split(four[i])[half],)
+    inside = (columns < K)[:, None] & (groups < M // 16)[None, :]
+    at = ptr + columns[:, None] + (groups * 16)[None, :].to(tl.int64) * K
+    for half in tl.static_range(2):
+        for i in tl.static_range(8):
+            _store(at, tl.split(eight[i])[half], inside, EVEN)
+            at += K
+
+
+@triton.jit
+def words_at(rows, groups, M, K, WORDS: tl.constexpr, ACROSS: tl.constexpr):
+    """Where the 32-bit words [R, B, WORDS] of packed codes of an operand [M, K] are."""
+    if ACROSS:
+        block = rows[:, None] + groups[None, :].to(tl.int64) * M
+    else:
+        block = rows[:, None].to(tl.int64) * (K // 16) + groups[None, :]
+    return (block * WORDS)[:, :, None] + tl.arange(0, WORDS)[None, None, :]
+
+
+@triton.jit
+def scales_at(rows, groups, M, K, BLOCK: tl.constexpr, ACROSS: tl.constexpr):
+    """Where the scales of 16 elements each of an operand [M, K] are, [R, B]."""
+    block = groups // (BLOCK // 16)
+    if ACROSS:
+        return rows[:, None] + block[None, :].to(tl.int64) * M
+    else:
+        return rows[:, None].to(tl.int64) * tl.cdiv(K, BLOCK) + block[None, :]
+
+
+@triton.jit
+def _store_codes(ptr, code, rows, groups, M, K, BITS: tl.constexpr, OUT: tl.constexpr, EVEN: tl.constexpr):
+    """int32 codes [R, B, 16] packed, the even column low."""
+    R: tl.constexpr = rows.shape[0]
+    B: tl.constexpr = groups.shape[0]
+    EACH: tl.constexpr = 32 // BITS
+    WORDS: tl.constexpr = 16 // EACH
+    places = (tl.arange(0, EACH) * BITS)[None, None, None, :]
+    words = tl.sum(tl.reshape(code, (R, B, WORDS, EACH)) << places, 3)
+    inside = (rows < M)[:, None, None] & (groups < K // 16)[None, :, None]
+    _store(ptr + words_at(rows, groups, M, K, WORDS, OUT == 4), words, inside, EVEN)
+
+
+@triton.jit
+def _store_scales(ptr, code, rows, groups, M, K, BLOCK: tl.constexpr, OUT: tl.constexpr):
+    """One scale for each block of [R, B]."""
+    along: tl.constexpr = BLOCK // 16
+    across = tl.cdiv(K, BLOCK)
+    first = (groups % along == 0) & (groups // along < across)
+    if OUT == 3:
+        # Tiles of 128 rows × 4 blocks, 512 bytes each: 32 rows of 4 quarters of 4 blocks.
+        block = groups // along
+        tile = (rows // 128)[:, None].to(tl.int64) * tl.cdiv(across, 4) + (block // 4)[None, :]
+        at = tile * 512 + ((rows % 32) * 16 + (rows % 128) // 32 * 4)[:, None] + (block % 4)[None, :]
+    else:
+        at = scales_at(rows, groups, M, K, BLOCK, OUT == 4)
+    tl.store(ptr + at, code.to(ptr.dtype.element_ty), mask=(rows < M)[:, None] & first[None, :])
+
+
+# ---------------------------------------------------------------------------- amax
+
+@triton.jit
+def _prepared(v, P: tl.constexpr):
+    """The Hadamard transform of a tile, rounded to BF16, if the plan has one."""
+    if P.hadamard:
+        v = round_bf16(rotate(v, P.hadamard) * P.hadamard_factor)
+    return v
+
+
+@triton.jit
+def amax_kernel(x_ptr, out_ptr, M, K, stride, ROW: tl.constexpr, COL: tl.constexpr, EVEN: tl.constexpr,
+                R: tl.constexpr, B: tl.constexpr, RC: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """out: int32 [2], zeros before: bits of the largest magnitude of x, and of the rotated xᵀ."""
+    across = tl.cdiv(K, B * 16)
+    row_largest = tl.zeros((R, B), tl.int32)
+    col_largest = tl.zeros((RC, BC), tl.int32)
+    for tile in range(tl.program_id(0), tl.cdiv(M, R) * across, tl.num_programs(0)):
+        first_row, first_column = tile // across * R, tile % across * B * 16
+        if ROW.on:
+            rows = first_row + tl.arange(0, R)
+            groups = first_column // 16 + tl.arange(0, B)
+            largest = largest16(_load_rows(x_ptr, rows, groups, stride, M, K, EVEN))
+            row_largest = tl.maximum(row_largest, as_int(largest))
+        if COL.on:
+            columns = first_column + tl.arange(0, RC)
+            groups = first_row // 16 + tl.arange(0, BC)
+            v = _load_columns(x_ptr, columns, groups, stride, M, K, EVEN)
+            if COL.hadamard:
+                v = rotate(v, COL.hadamard)
+            col_largest = tl.maximum(col_largest, as_int(largest16(v)))
+    if ROW.on:
+        tl.atomic_max(out_ptr, tl.max(row_largest), sem="relaxed")
+    if COL.on:
+        largest = as_float(tl.max(col_largest))
+        if COL.hadamard:  # rounding keeps the order, so the largest is rounded alone
+            largest = round_bf16(largest * COL.hadamard_factor)
+        tl.atomic_max(out_ptr + 1, as_int(largest), sem="relaxed")
+
+
+# ---------------------------------------------------------------------------- cast
+
+@triton.jit
+def _cast_tile(v, rows, groups, amax, seed_ptr, codes_ptr, scales_ptr, M, K,
+               P: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+    """Quantize a tile [R, B, 16] of an operand [M, K] and write it.
+
+    TRANSPOSED: values go to [K, M], the layout that x has; codes and scales always have the operand's.
+    """
+    R: tl.constexpr = rows.shape[0]
+    B: tl.constexpr = groups.shape[0]
+    G: tl.constexpr = P.grid
+    tall: tl.constexpr = P.block if P.square else 1
+    inverse, scale, scale_code = block_scales(v, amax, P, tall)
+    v = v * inverse[:, :, None]
+    m = tl.minimum(tl.abs(v), G.max)
+    draws = dither(rows, groups, seed_ptr, G, R, B) if P.stochastic else m
+    sum, magic = round_magnitude(m, draws, P.stochastic, G)
+    if OUT == 1:
+        value = sum - magic
+        if P.scale != "none":
+            value = value * scale[:, :, None]
+        if G.bits == 8:
+            value = tl.where(v == v, value, v)
+        value = with_sign(value, v)
+        if TRANSPOSED:
+            _store_columns(codes_ptr, value, rows, groups, K, M, EVEN)
+        else:
+            _store_rows(codes_ptr, value, rows, groups, M, K, EVEN)
+    else:
+        _store_codes(codes_ptr, signed_code(sum, v, G), rows, groups, M, K, G.bits, OUT, EVEN)
+        if P.scale != "none":
+            _store_scales(scales_ptr, scale_code, rows, groups, M, K, P.block, OUT)
+
+
+@triton.jit
+def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr,
+                row_ptr, row_scales_ptr, row_scale_ptr, col_ptr, col_scales_ptr, col_scale_ptr,
+                M, K, stride, M_PADDED,
+                ROW: tl.constexpr, ROW_OUT: tl.constexpr, COL: tl.constexpr, COL_OUT: tl.constexpr,
+                EVEN: tl.constexpr, R: tl.constexpr, B: tl.constexpr, RC: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """One tile of x [M, K] (contiguous along K): R × 16·B of it by rows, and the same part by columns (RC × 16·BC).
+
+    amax_ptr: FP32 [2], x's and the rotated xᵀ's; [M] if rows have their own.
+    row_ptr: values BF16 [M, K] or codes; col_ptr: values BF16 [M_PADDED, K] or codes of [K, M_PADDED].
+    row_scale_ptr, col_scale_ptr: the FP32 scale above them.
+    """
+    across = tl.cdiv(K, B * 16)
+    first_row, first_column = tl.program_id(0) // across * R, tl.program_id(0) % across * (B * 16)
+    if ROW.on:
+        rows = first_row + tl.arange(0, R)
+        groups = first_column // 16 + tl.arange(0, B)
+        if ROW.per_row:
+            amax = tl.load(amax_ptr + rows, mask=rows < M, other=0.0)
+            if first_column == 0:
+                tl.store(row_scale_ptr + rows, scale_above(amax, ROW), mask=rows < M)
+        else:
+            amax = tl.load(amax_ptr)
+            if tl.program_id(0) == 0:
+                tl.store(row_scale_ptr, scale_above(amax, ROW))
+        v = _prepared(_load_rows(x_ptr, rows, groups, stride, M, K, EVEN), ROW)
+        _cast_tile(v, rows, groups, amax, row_seed_ptr, row_ptr, row_scales_ptr, M, K, ROW, ROW_OUT, False, EVEN)
+    if COL.on:
+        amax = tl.load(amax_ptr + 1)
+        if tl.program_id(0) == 0:
+            tl.store(col_scale_ptr, scale_above(amax, COL))
+        columns = first_column + tl.arange(0, RC)
+        groups = first_row // 16 + tl.arange(0, BC)
+        v = _prepared(_load_columns(x_ptr, columns, groups, stride, M, K, EVEN), COL)
+        _cast_tile(
+            v, columns, groups, amax, col_seed_ptr, col_ptr, col_scales_ptr, K, M_PADDED, COL, COL_OUT, True, EVEN
+        )

@@ -1,0 +1,86 @@
+"""Every launch of cast.py and dequantize.py that recipes make, to compile without a GPU. See variants.py."""
+
+from .cast import CODES, CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, amax_kernel, cast_kernel
+from .dequantize import dequantize_kernel, factors_kernel
+from .launch import OPTIONS, tile_for
+from .spec import Plan, Spec, plan
+from .variants import Variant
+
+_NVFP4 = Spec()
+_SR = Spec(stochastic=True)
+_2D = Spec(square=True)
+_RHT, _RHT_SR = Spec(hadamard=16), Spec(hadamard=16, stochastic=True)
+_FP8, _FP8_2D = Spec("e4m3", 128, "float32"), Spec("e4m3", 128, "float32", square=True)
+_E4M3, _E5M2 = Spec("e4m3", 0, "none"), Spec("e5m2", 0, "none")
+_MXFP4, _MXFP8 = Spec("e2m1", 32, "e8m0"), Spec("e4m3", 32, "e8m0")
+
+# name: row's Spec and output, col's.
+_CASTS = {
+    "nvfp4_x": (_NVFP4, VALUES, _RHT, CODES_ACROSS),
+    "nvfp4_w": (_2D, VALUES, None, NOTHING),
+    "nvfp4_dy": (_SR, VALUES, _RHT_SR, VALUES),
+    "nvfp4_eval": (Spec(per_row=True), VALUES, None, NOTHING),
+    "nvfp4_packed": (_NVFP4, CODES, _2D, CODES),
+    "nvfp4_native_x": (_NVFP4, CODES_SWIZZLED, _RHT, CODES_SWIZZLED),
+    "nvfp4_native_w": (_2D, CODES_SWIZZLED, _2D, CODES_SWIZZLED),
+    "nvfp4_native_dy": (_SR, CODES_SWIZZLED, _RHT_SR, CODES_SWIZZLED),
+    "nvfp4_4over6": (Spec(scale_rule="4over6"), VALUES, Spec(scale_rule="4over6", square=True), CODES),
+    "nvfp4_best": (Spec(scale_rule="best"), VALUES, Spec(scale_rule="best"), CODES),
+    "fp8_x": (_FP8, VALUES, _FP8, CODES_ACROSS),
+    "fp8_w": (_FP8_2D, VALUES, None, NOTHING),
+    "fp8_tensor": (_E5M2, VALUES, _E4M3, CODES_ACROSS),
+    "mxfp4": (_MXFP4, VALUES, _MXFP4._replace(stochastic=True, headroom=4 / 3), VALUES),
+    "mxfp8": (_MXFP8._replace(scale_rule="ceil"), VALUES, _MXFP8, CODES),
+}
+
+
+def _data(spec: Spec | None, out: int) -> dict[str, str]:
+    """Types of an orientation's outputs."""
+    scales = "*fp32" if spec is not None and spec.scale == "float32" else "*u8"
+    return {"": "*i32" if out >= CODES else "*bf16" if out == VALUES else "*u8", "_scales": scales, "_scale": "*fp32"}
+
+
+def _cast(name: str, row: Spec | None, row_out: int, col: Spec | None, col_out: int, x: str = "*bf16") -> Variant:
+    row_plan, col_plan = (plan(None if s is None else str(s)) for s in (row, col))
+    tile = tile_for(row_plan, col_plan)
+    types = {"x_ptr": x, "amax_ptr": "*fp32", "row_seed_ptr": "*i32", "col_seed_ptr": "*i32"}
+    types |= {f"row{suffix}_ptr": t for suffix, t in _data(row, row_out).items()}
+    types |= {f"col{suffix}_ptr": t for suffix, t in _data(col, col_out).items()}
+    types |= {name: "i32" for name in ("M", "K", "stride", "M_PADDED")}
+    constexprs = {"ROW": row_plan, "ROW_OUT": row_out, "COL": col_plan, "COL_OUT": col_out, "EVEN": True, **tile.constexprs}
+    options = {"num_warps": tile.num_warps, **OPTIONS}
+    return Variant(f"cast_{name}", cast_kernel, types, constexprs, options, ("M", "K", "stride", "M_PADDED"))
+
+
+def _amax(name: str, hadamard: int) -> Variant:
+    col = Plan(hadamard > 0, hadamard=hadamard, hadamard_factor=max(hadamard, 1) ** -0.5)
+    tile = tile_for(Plan(True), col)
+    types = {"x_ptr": "*bf16", "out_ptr": "*i32", "M": "i32", "K": "i32", "stride": "i32"}
+    constexprs = {"ROW": Plan(True), "COL": col, "EVEN": True, **tile.constexprs}
+    options = {"num_warps": tile.num_warps, **OPTIONS}
+    return Variant(f"amax_{name}", amax_kernel, types, constexprs, options, ("M", "K", "stride"))
+
+
+def _dequantize(name: str, spec: Spec, across: bool) -> Variant:
+    p = plan(str(spec))
+    tile = tile_for(*((Plan(False), p) if across else (p, Plan(False))))
+    scales = _data(spec, CODES)["_scales"]
+    types = {"codes_ptr": "*i32", "scales_ptr": scales, "out_ptr": "*bf16", "M": "i32", "K": "i32"}
+    R, B = (tile.RC, tile.BC) if across else (tile.R, tile.B)
+    constexprs = {"P": p, "ACROSS": across, "EVEN": True, "R": R, "B": B}
+    options = {"num_warps": tile.num_warps, **OPTIONS}
+    return Variant(f"dequantize_{name}", dequantize_kernel, types, constexprs, options, ("M", "K"))
+
+
+VARIANTS = [
+    _amax("tensor", 0),
+    _amax("both", 16),
+    *(_cast(name, *arguments) for name, arguments in _CASTS.items()),
+    _cast("nvfp4_x_fp32", *_CASTS["nvfp4_x"], x="*fp32"),
+    _dequantize("nvfp4", _NVFP4, False),
+    _dequantize("nvfp4_across", _NVFP4, True),
+    _dequantize("fp8_across", _FP8, True),
+    _dequantize("fp8_tensor_across", _E5M2, True),
+    _dequantize("mxfp4", _MXFP4, False),
+    Variant("factors", factors_kernel, {n: "*fp32" for n in ("scale_a_ptr", "scale_b_ptr", "out_ptr")}, {"ADD": False}),
+]

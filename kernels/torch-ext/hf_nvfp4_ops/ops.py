@@ -1,0 +1,266 @@
+"""The kernels as torch operators: they compile into a graph, and have no side effects.
+
+    amax(x, row, col_hadamard)                           largest magnitudes, FP32 [2]
+    cast(x, amax, seeds, row, row_out, col, col_out)     both orientations of x, quantized
+    dequantize(codes, scales, spec)                      BF16 code × block scale
+    scaled_matmul(a, b, scale_a, scale_b, bias, dtype)   scale_a · scale_b · a @ b.T + bias
+
+Specs travel as text, see spec.py. The operators' namespace is this package's name, so that several versions can be
+loaded. They are defined with torch.library.Library, whose calls cost half of custom_op's.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import blas
+from .cast import CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, amax_kernel, cast_kernel
+from .dequantize import dequantize_kernel, factors_kernel
+from .launch import OPTIONS, Tile, processors, tile_for
+from .spec import Plan, plan
+
+_LIBRARY = torch.library.Library((__package__ or "hf_nvfp4_ops").replace(".", "_"), "FRAGMENT")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _operator(schema: str, fake: Callable) -> Callable:
+    """Make a function the operator of this schema, on GPUs and in the interpreter. fake: shapes and dtypes alone."""
+
+    def decorate(function: Callable) -> Callable:
+        _LIBRARY.define(schema)
+        name = schema.split("(")[0]
+        for key in ("CUDA", "CPU"):
+            _LIBRARY.impl(name, function, key)
+        torch.library.register_fake(f"{_LIBRARY.ns}::{name}", fake, lib=_LIBRARY)
+        operator = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
+        return functools.wraps(function)(lambda *args: operator(*args))
+
+    return decorate
+
+
+def _on(device: torch.device):
+    """Make a GPU the current one, if it is not."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _check(x: Tensor) -> Tensor:
+    """x with contiguous rows, or an error in words."""
+    if x.dim() != 2 or x.dtype not in _FLOATS:
+        raise TypeError(f"the kernels take [M, K] in float32, bfloat16 or float16, not {tuple(x.shape)} in {x.dtype}")
+    if x.shape[1] % 16:
+        raise ValueError(f"the kernels take [M, K] with K a multiple of 16; this is {tuple(x.shape)}. Pad with zeros.")
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _same_device(x: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name} is on {other.device}, x on {x.device}; move one of them")
+
+
+def padded(m: int) -> int:
+    """Rows of x as a contraction dimension: up to a multiple of 16, with zeros."""
+    return -(-m // 16) * 16
+
+
+# ---------------------------------------------------------------------------- amax
+
+@functools.cache
+def _amax_plan(row: bool, col_hadamard: int) -> tuple[Plan, Plan, Tile]:
+    separate = col_hadamard > 0
+    row_plan, col_plan = Plan(row or col_hadamard == 0), Plan(separate)
+    if separate:
+        col_plan = col_plan._replace(hadamard=col_hadamard, hadamard_factor=col_hadamard**-0.5)
+    return row_plan, col_plan, tile_for(row_plan, col_plan)
+
+
+@_operator(
+    "amax(Tensor x, bool row, int col_hadamard) -> Tensor",
+    fake=lambda x, row, col_hadamard: x.new_empty(2, dtype=torch.float32),
+)
+def amax(x: Tensor, row: bool, col_hadamard: int) -> Tensor:
+    """Largest magnitudes of x [M, K] and of xᵀ rotated by `col_hadamard` along M: FP32 [2].
+
+    row: whether the first is asked for. col_hadamard: 0: the second is a copy of the first; -1: not asked for.
+    What is not asked for is 0. NaN and inf come through.
+    """
+    x = _check(x)
+    bits = torch.zeros(2, dtype=torch.int32, device=x.device)
+    if x.numel():
+        row_plan, col_plan, tile = _amax_plan(row, col_hadamard)
+        m, k = x.shape
+        grid = min(tile.count(m, k), 8 * processors(x.device))
+        with _on(x.device):
+            amax_kernel[(grid,)](
+                x, bits, m, k, x.stride(0), row_plan, col_plan, tile.fits(m, k), *tile.shape,
+                num_warps=tile.num_warps, **OPTIONS,
+            )  # fmt: skip
+    if col_hadamard == 0:
+        bits[1] = bits[0]
+    return bits.view(torch.float32)
+
+
+# ---------------------------------------------------------------------------- cast
+
+@functools.cache
+def _cast_plan(row: str | None, row_out: int, col: str | None, col_out: int) -> tuple[Plan, Plan, Tile]:
+    for name, spec, out in (("row", row, row_out), ("col", col, col_out)):
+        if out not in range(5) or (spec is None) != (out == NOTHING):
+            raise ValueError(f"{name}_out={out} for {name}={spec!r}: 0 goes with None, 1 to 4 with a Spec")
+        if out == CODES_SWIZZLED and plan(spec).scale != "e4m3":
+            raise ValueError(f"{name}: only E4M3 scales are swizzled")
+    if row and col and plan(row).per_row:
+        raise ValueError("a row cast with per-row scales goes alone: xᵀ has an amax of its own")
+    if col and plan(col).per_row:
+        raise ValueError("per-row scales of xᵀ: transpose x and cast it by rows")
+    row_plan, col_plan = plan(row), plan(col)
+    return row_plan, col_plan, tile_for(row_plan, col_plan)
+
+
+def _outputs(x: Tensor, m: int, k: int, p: Plan, out: int, transposed: bool) -> list[Tensor]:
+    """What an operand [m, k] is written to: its data, its block scales if it has some, the FP32 scale above them."""
+    if out == NOTHING:
+        return []
+    above = x.new_empty((m, 1) if p.per_row else (), dtype=torch.float32)
+    if out == VALUES:
+        return [x.new_empty((k, m) if transposed else (m, k), dtype=torch.bfloat16), above]
+    width = 16 * p.grid.bits // 8
+    codes = x.new_empty((k // 16, m, width) if out == CODES_ACROSS else (m, k // 16 * width), dtype=torch.uint8)
+    if p.scale == "none":
+        return [codes, above]
+    across = -(-k // p.block)
+    dtype = torch.float32 if p.scale == "float32" else torch.uint8
+    if out == CODES_SWIZZLED:  # zeros: the padding is read too
+        return [codes, x.new_zeros((-(-m // 128) * 128, -(-across // 4) * 4), dtype=dtype), above]
+    return [codes, x.new_empty((across, m) if out == CODES_ACROSS else (m, across), dtype=dtype), above]
+
+
+def _arguments(outputs: list[Tensor], out: int, spare: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's three pointers for `_outputs`; `spare` for what is not written."""
+    if out == NOTHING:
+        return spare, spare, spare
+    data = outputs[0] if out == VALUES else outputs[0].view(torch.int32)
+    return data, outputs[1] if len(outputs) == 3 else spare, outputs[-1]
+
+
+def _all_outputs(x, amax, row_seed, col_seed, row, row_out, col, col_out) -> list[Tensor]:
+    row_plan, col_plan, _ = _cast_plan(row, row_out, col, col_out)
+    m, k = x.shape
+    return [*_outputs(x, m, k, row_plan, row_out, False), *_outputs(x, k, padded(m), col_plan, col_out, True)]
+
+
+@_operator(
+    "cast(Tensor x, Tensor amax, Tensor? row_seed, Tensor? col_seed, "
+    "str? row, int row_out, str? col, int col_out) -> Tensor[]",
+    fake=_all_outputs,
+)
+def cast(
+    x: Tensor, amax: Tensor, row_seed: Tensor | None, col_seed: Tensor | None,
+    row: str | None, row_out: int, col: str | None, col_out: int,
+) -> list[Tensor]:  # fmt: skip
+    """x [M, K] quantized along K as `row` says, and xᵀ along M as `col` says, from one read.
+
+    Args:
+        x: FP32, BF16 or FP16, K a multiple of 16.
+        amax: FP32 [2], from the operator `amax`; FP32 [M] if `row` has per-row scales.
+        row_seed, col_seed: int32 [2] for stochastic rounding.
+        row, col: text of a Spec, or None.
+        row_out, col_out: 0 nothing, 1 BF16 values (code × block scale), 2 packed codes and scales, 3 the same with
+            the scales padded and swizzled for tensor cores, 4 the same block after block.
+
+    Returns:
+        What row writes, then what col writes, each: values [M, K] or codes [M, K·bits/8]; with codes, block scales
+        [M, ceil(K/block)] (uint8, or FP32) if there are some; the FP32 scale above them, scalar or [M, 1].
+        Col is an operand [K, M'], M' being M padded to 16, but its values have x's layout, [M', K].
+        Output 4: codes [K/16, M, 2·bits], scales [ceil(K/block), M], for col [M'/16, K, 2·bits] and so on.
+
+    Raises:
+        TypeError, ValueError: sizes, dtypes, devices or casts that the kernels don't take.
+    """
+    x = _check(x)
+    _same_device(x, amax=amax, row_seed=row_seed, col_seed=col_seed)
+    row_plan, col_plan, tile = _cast_plan(row, row_out, col, col_out)
+    if (row_plan.stochastic and row_seed is None) or (col_plan.stochastic and col_seed is None):
+        raise ValueError("stochastic rounding needs a seed, int32 [2]")
+    m, k = x.shape
+    row_outputs = _outputs(x, m, k, row_plan, row_out, False)
+    col_outputs = _outputs(x, k, padded(m), col_plan, col_out, True)
+    if x.numel():
+        with _on(x.device):
+            cast_kernel[(tile.count(m, k),)](
+                x, amax, row_seed, col_seed,
+                *_arguments(row_outputs, row_out, x), *_arguments(col_outputs, col_out, x),
+                m, k, x.stride(0), padded(m), row_plan, row_out, col_plan, col_out, tile.fits(m, k), *tile.shape,
+                num_warps=tile.num_warps, **OPTIONS,
+            )  # fmt: skip
+    return row_outputs + col_outputs
+
+
+# ---------------------------------------------------------------------------- dequantize, multiply
+
+def _values_like(codes: Tensor, scales: Tensor | None, spec: str, across: bool) -> Tensor:
+    if across:
+        groups, m, _ = codes.shape
+        return codes.new_empty((groups * 16, m), dtype=torch.bfloat16)
+    return codes.new_empty((codes.shape[0], codes.shape[1] * 8 // plan(spec).grid.bits), dtype=torch.bfloat16)
+
+
+@functools.cache
+def _dequantize_plan(spec: str, across: bool) -> tuple[Plan, Tile]:
+    p = plan(spec)
+    row, col = (Plan(False), p) if across else (p, Plan(False))
+    return p, tile_for(row, col)
+
+
+@_operator("dequantize(Tensor codes, Tensor? scales, str spec, bool across) -> Tensor", fake=_values_like)
+def dequantize(codes: Tensor, scales: Tensor | None, spec: str, across: bool) -> Tensor:
+    """Codes and block scales of an operand [M, K], as `cast` writes them -> BF16 code × scale [M, K].
+
+    across: they lie block after block (output 4 of `cast`); then the result is [K, M].
+    """
+    _same_device(codes, scales=scales)
+    out = _values_like(codes, scales, spec, across)
+    if out.numel():
+        p, tile = _dequantize_plan(spec, across)
+        (k, m) = out.shape if across else out.shape[::-1]
+        R, B = (tile.RC, tile.BC) if across else (tile.R, tile.B)
+        with _on(codes.device):
+            dequantize_kernel[(-(-m // R) * -(-k // (16 * B)),)](
+                codes.contiguous().view(torch.int32), scales, out, m, k, p, across, m % R == 0 and k % (16 * B) == 0,
+                R, B, num_warps=tile.num_warps, **OPTIONS,
+            )  # fmt: skip
+    return out
+
+
+def _product_like(a, b, scale_a, scale_b, bias, dtype) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+
+
+@_operator(
+    "scaled_matmul(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType dtype) -> Tensor",
+    fake=_product_like,
+)
+def scaled_matmul(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """scale_a · scale_b · a [M, K] @ b [N, K].T + bias -> [M, N] in dtype, accumulated in FP32 and rounded once.
+
+    a, b: BF16, contiguous along either dimension; scale_a, scale_b: FP32 scalars on the GPU, never read by the host;
+    bias: [N], rounded to dtype first, or None. Ask `unfit` first whether there is a GEMM for the operands.
+    """
+    if reason := blas.unfit(a, b, dtype):
+        raise ValueError(f"scaled_matmul: {reason}")
+    _same_device(a, scale_a=scale_a, scale_b=scale_b, bias=bias)
+    out = _product_like(a, b, scale_a, scale_b, bias, dtype)
+    if bias is not None:
+        out.copy_(bias)
+    factors = a.new_empty(2, dtype=torch.float32)
+    with _on(a.device):
+        factors_kernel[(1,)](scale_a, scale_b, factors, bias is not None)
+        blas.matmul(a, b, factors, out)
+    return out

@@ -1,0 +1,175 @@
+"""What a kernel has to know of a quantized operand: a `Spec` in words, a `Plan` in numbers. Pure data.
+
+A Spec says what hf_nvfp4's `Cast` says, without its names: elements, blocks and scales by their standard types. An
+operator's arguments must be plain, so a Spec travels as text (`str(spec)`, `Spec.parse(text)`).
+"""
+
+import functools
+import json
+from typing import NamedTuple
+
+ELEMENT_MAX = {"e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0}
+SCALES = ("e4m3", "e8m0", "float32", "none")
+
+
+class Spec(NamedTuple):
+    """How an operand [M, K] is quantized along K.
+
+    element: "e2m1", "e4m3" or "e5m2".
+    block: elements along K that share a scale: 16, 32, 64 or 128; 0: none do.
+    scale: type of the block scales, one of SCALES. "e4m3" and "none" have an FP32 tensor scale above them.
+    square: blocks of block × block elements. stochastic: rounding; else to nearest, ties to even.
+    hadamard: size of the random Hadamard transform along K that comes first (2, 4, 8 or 16); 0: none.
+    headroom: factor on the scales. per_row: the FP32 scale is one for each row.
+    scale_rule: "amax", "ceil", "4over6", "4over6_mse" or "best": how a block's scale follows from its elements.
+    """
+
+    element: str = "e2m1"
+    block: int = 16
+    scale: str = "e4m3"
+    square: bool = False
+    stochastic: bool = False
+    hadamard: int = 0
+    headroom: float = 1.0
+    per_row: bool = False
+    scale_rule: str = "amax"
+
+    def __str__(self) -> str:
+        return json.dumps(self._asdict(), separators=(",", ":"))
+
+    @classmethod
+    def parse(cls, text: str) -> "Spec":
+        """Inverse of `str`. Raises ValueError for what the kernels can't do."""
+        spec = cls(**json.loads(text))
+        spec.check()
+        return spec
+
+    def check(self) -> None:
+        """ValueError, in words, unless the kernels can do this."""
+        if self.element not in ELEMENT_MAX:
+            raise ValueError(f"element {self.element!r}; the kernels know {', '.join(ELEMENT_MAX)}")
+        if self.scale not in SCALES:
+            raise ValueError(f"scale {self.scale!r}; the kernels know {', '.join(SCALES)}")
+        if self.scale_rule not in RULES:
+            raise ValueError(f"scale rule {self.scale_rule!r}; the kernels know {', '.join(RULES)}")
+        if self.hadamard not in (0, 2, 4, 8, 16):
+            raise ValueError(f"a Hadamard transform of {self.hadamard}: the kernels know 2, 4, 8 and 16; rotate first")
+        if (self.block == 0) != (self.scale == "none") or self.block not in (0, 16, 32, 64, 128):
+            raise ValueError(f"blocks of {self.block} with scale {self.scale!r}; the kernels know 16, 32, 64 and 128")
+        if self.square and (self.hadamard or self.per_row):
+            raise ValueError("square blocks are the same along both dimensions; rotations and row scales are not")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return 4 if self.element == "e2m1" else 8
+
+    @property
+    def tensor_scale(self) -> bool:
+        """Whether the FP32 scale above the blocks follows from the data."""
+        return self.scale in ("e4m3", "none")
+
+
+class Grid(NamedTuple):
+    """A small float's rounding in FP32 arithmetic: adding `magic` × (power of two) rounds to its step."""
+
+    max: float
+    min_normal: float
+    mantissa: int
+    magic: float
+    dither_bits: int  # FP32 bits of 128 steps, in units of the power of two
+    dither_centre: float
+    mask: int
+    shift: int
+    offset: int
+    decode_factor: float  # FP32 bits with a code as exponent and mantissa, times this: its value
+    nan_code: int
+    bits: int
+
+
+def _grid(exponent_bits: int, mantissa: int, largest: float, nan_code: int) -> Grid:
+    smallest = 2 - 2 ** (exponent_bits - 1)
+    return Grid(
+        max=largest,
+        min_normal=2.0**smallest,
+        mantissa=mantissa,
+        # 1.5, so that a negative number added to it stays in the same binade.
+        magic=1.5 * 2.0 ** (23 - mantissa),
+        # 128 steps + byte / 256 of a step, the byte eight bits from the end; the centre is at 127.5 of 256.
+        dither_bits=134 - mantissa << 23,
+        dither_centre=(128 + 127.5 / 256) * 2.0**-mantissa,
+        mask=2 ** (mantissa + 2) - 1,
+        shift=23 - mantissa,
+        offset=(smallest + 150 - mantissa << mantissa) + (1 << mantissa - 1),
+        decode_factor=2.0 ** (smallest + 126),
+        nan_code=nan_code,
+        bits=1 + exponent_bits + mantissa,
+    )
+
+
+GRIDS = {
+    "e2m1": _grid(2, 1, ELEMENT_MAX["e2m1"], 0x7),  # has no NaN: its code is the largest
+    "e4m3": _grid(4, 3, ELEMENT_MAX["e4m3"], 0x7F),
+    "e5m2": _grid(5, 2, ELEMENT_MAX["e5m2"], 0x7F),
+}
+
+
+class Plan(NamedTuple):
+    """A Spec as the numbers that a kernel is compiled with. `on` is False for an orientation not asked for."""
+
+    on: bool
+    grid: Grid = GRIDS["e2m1"]
+    scale_grid: Grid = GRIDS["e4m3"]
+    block: int = 0
+    scale: str = "none"
+    rule: str = "amax"
+    square: bool = False
+    stochastic: bool = False
+    hadamard: int = 0
+    hadamard_factor: float = 1.0
+    per_row: bool = False
+    headroom: float = 1.0
+    element_share: float = 1.0  # headroom / largest element
+    element_room: float = 1.0  # its inverse
+    largest: float = 1.0  # what amax is mapped to, block scales included
+    largest_exponent: int = 0  # floor(log2(largest element))
+    carry: int = 0  # what rounds amax's bits up to a power of two, relative to the largest element
+    shrink: float = 1.0  # 1 / headroom
+    absolute_error: bool = False
+    offsets: tuple = ()  # the other candidates for a scale: factors ("4over6"), or steps of its byte ("best")
+
+
+_OTHER_SCALES = {"4over6": (1.5,), "4over6_mse": (1.5,), "best": (-1, 5)}
+RULES = ("amax", "ceil", *_OTHER_SCALES)
+
+
+@functools.lru_cache
+def plan(text: str | None) -> Plan:
+    """The Plan of a Spec's text; that of no operand for None."""
+    if text is None:
+        return Plan(False)
+    spec = Spec.parse(text)
+    element = GRIDS[spec.element]
+    top = 256.0 if spec.scale_rule in _OTHER_SCALES else 448.0
+    ceil = spec.scale_rule == "ceil"
+    return Plan(
+        True,
+        grid=element,
+        block=spec.block,
+        scale=spec.scale,
+        rule=spec.scale_rule,
+        square=spec.square,
+        stochastic=spec.stochastic,
+        hadamard=spec.hadamard,
+        hadamard_factor=spec.hadamard**-0.5 if spec.hadamard else 1.0,
+        per_row=spec.per_row,
+        headroom=spec.headroom,
+        element_share=spec.headroom / element.max,
+        element_room=element.max / spec.headroom,
+        largest=element.max * (top if spec.scale == "e4m3" else 1.0) / spec.headroom,
+        largest_exponent=int(element.max).bit_length() - 1,
+        carry=int((2 - element.max / 2.0 ** (int(element.max).bit_length() - 1)) * 2**23) - 1 if ceil else 0,
+        shrink=1 / spec.headroom,
+        absolute_error=spec.scale_rule == "4over6",
+        offsets=_OTHER_SCALES.get(spec.scale_rule, ()),
+    )
