@@ -2,7 +2,7 @@
 
 What the arithmetic is, numerics.py knows; here are addresses, tiles and what is written. One read of x [M, K] serves
 both orientations: `row` has its blocks along K, `col` quantizes xᵀ, with blocks along M and the Hadamard transform
-before it. Threads hold 16 neighbours along the contraction dimension, so that nothing but a transposed store passes
+before it. Threads hold 16 neighbours along the contraction dimension, so that nothing but what is written passes
 through shared memory; transposes come before narrow casts.
 """
 
@@ -14,7 +14,6 @@ from .numerics import (
     as_int,
     block_scales,
     dither,
-    halves,
     largest16,
     rotate,
     round_bf16,
@@ -28,10 +27,6 @@ from .numerics import (
 # What an orientation writes: BF16 values, or codes and scales; SWIZZLED: the scales as FP4 tensor cores want them;
 # ACROSS: codes and scales of 16 neighbours together, block after block, as x lies in memory.
 NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS = range(5)
-
-
-import os
-WIDE = tl.constexpr(os.environ.get("WIDE", "1") == "1")
 
 
 # ---------------------------------------------------------------------------- tiles from memory and back
@@ -84,14 +79,10 @@ def _load_columns(ptr, columns, groups, stride, M, K, EVEN: tl.constexpr):
 @triton.jit
 def _store_rows(ptr, v, rows, groups, M, K, EVEN: tl.constexpr):
     """Inverse of `_load_rows`, to a contiguous BF16 [M, K]."""
-    at = rows[:, None, None].to(tl.int64) * K + groups[None, :, None] * 16
+    at = rows[:, None, None].to(tl.int64) * K + groups[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
     inside = (rows < M)[:, None, None] & (groups < K // 16)[None, :, None]
-    if WIDE:
-        _store(ptr + at + tl.arange(0, 16)[None, None, :], to_bf16(v), inside, EVEN)
-    else:
-        low, high = halves(to_bf16(v), 8)
-        _store(ptr + at + tl.arange(0, 8)[None, None, :], low, inside, EVEN)
-        _store(ptr + at + (8 + tl.arange(0, 8))[None, None, :], high, inside, EVEN)
+    # Whole: Triton exchanges halves between threads first. Half sectors written apart cost twice the time.
+    _store(ptr + at, to_bf16(v), inside, EVEN)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from .cast import CODES, CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, amax_kernel, cast_kernel
 from .dequantize import dequantize_kernel, factors_kernel
-from .launch import OPTIONS, tile_for
+from .launch import OPTIONS, tile_for, tile_for_values
 from .spec import Plan, Spec, plan
 from .variants import Variant
 
@@ -63,12 +63,11 @@ def _amax(name: str, hadamard: int) -> Variant:
 
 def _dequantize(name: str, spec: Spec, across: bool) -> Variant:
     p = plan(str(spec))
-    tile = tile_for(*((Plan(False), p) if across else (p, Plan(False))))
+    R, B, num_warps = tile_for_values(across)
     scales = _data(spec, CODES)["_scales"]
     types = {"codes_ptr": "*i32", "scales_ptr": scales, "out_ptr": "*bf16", "M": "i32", "K": "i32"}
-    R, B = (tile.RC, tile.BC) if across else (tile.R, tile.B)
     constexprs = {"P": p, "ACROSS": across, "EVEN": True, "R": R, "B": B}
-    options = {"num_warps": tile.num_warps, **OPTIONS}
+    options = {"num_warps": num_warps, **OPTIONS}
     return Variant(f"dequantize_{name}", dequantize_kernel, types, constexprs, options, ("M", "K"))
 
 

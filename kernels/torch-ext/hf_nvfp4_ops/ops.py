@@ -19,7 +19,7 @@ from torch import Tensor
 from . import blas
 from .cast import CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, amax_kernel, cast_kernel
 from .dequantize import dequantize_kernel, factors_kernel
-from .launch import OPTIONS, Tile, processors, tile_for
+from .launch import OPTIONS, Tile, processors, tile_for, tile_for_values
 from .spec import Plan, plan
 
 _LIBRARY = torch.library.Library((__package__ or "hf_nvfp4_ops").replace(".", "_"), "FRAGMENT")
@@ -210,13 +210,6 @@ def _values_like(codes: Tensor, scales: Tensor | None, spec: str, across: bool) 
     return codes.new_empty((codes.shape[0], codes.shape[1] * 8 // plan(spec).grid.bits), dtype=torch.bfloat16)
 
 
-@functools.cache
-def _dequantize_plan(spec: str, across: bool) -> tuple[Plan, Tile]:
-    p = plan(spec)
-    row, col = (Plan(False), p) if across else (p, Plan(False))
-    return p, tile_for(row, col)
-
-
 @_operator("dequantize(Tensor codes, Tensor? scales, str spec, bool across) -> Tensor", fake=_values_like)
 def dequantize(codes: Tensor, scales: Tensor | None, spec: str, across: bool) -> Tensor:
     """Codes and block scales of an operand [M, K], as `cast` writes them -> BF16 code × scale [M, K].
@@ -226,13 +219,12 @@ def dequantize(codes: Tensor, scales: Tensor | None, spec: str, across: bool) ->
     _same_device(codes, scales=scales)
     out = _values_like(codes, scales, spec, across)
     if out.numel():
-        p, tile = _dequantize_plan(spec, across)
-        (k, m) = out.shape if across else out.shape[::-1]
-        R, B = (tile.RC, tile.BC) if across else (tile.R, tile.B)
+        p, (R, B, num_warps) = plan(spec), tile_for_values(across)
+        k, m = out.shape if across else out.shape[::-1]
         with _on(codes.device):
             dequantize_kernel[(-(-m // R) * -(-k // (16 * B)),)](
                 codes.contiguous().view(torch.int32), scales, out, m, k, p, across, m % R == 0 and k % (16 * B) == 0,
-                R, B, num_warps=tile.num_warps, **OPTIONS,
+                R, B, num_warps=num_warps, **OPTIONS,
             )  # fmt: skip
     return out
 
