@@ -30,6 +30,7 @@ def traced(monkeypatch):
     """The yardstick registered, its graphs traced whole but not handed to inductor, which would take a minute."""
     compile_ = torch.compile
     monkeypatch.setitem(BACKENDS, "inductor", yardstick)
+    monkeypatch.setattr(yardstick, "APART", set())
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="eager", **options))
     yardstick._compiled.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=1000):
