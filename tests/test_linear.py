@@ -18,6 +18,8 @@ NEAREST = {
     "norht": Recipe("nearest", (RN, RN_2D), (RN, RN_2D), (RN, RN)),
     "rht": Recipe("nearest_rht", (RN, RN_2D), (RN, RN_2D), (RN_H, RN_H)),
 }
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RUNNABLE = [name for name, backend in BACKENDS.items() if backend.supports(NEAREST["rht"], DEVICE) is None]
 
 
 def run(layer, x, dy):
@@ -33,7 +35,7 @@ def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", RUNNABLE)
 @pytest.mark.parametrize("rotation", list(NEAREST))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_whole_layer_equals_the_golden_one(golden, device, backend, rotation, dtype):
@@ -50,7 +52,7 @@ def test_a_whole_layer_equals_the_golden_one(golden, device, backend, rotation, 
             assert (got != expected).float().mean() < 2e-3 and relative(got, expected) < 2e-4, name
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", RUNNABLE)
 def test_gradients_equal_float64_from_the_dequantized_operands(device, backend):
     x, w, dy = (torch.randn(*s, device=device) for s in ((48, 64), (96, 64), (48, 96)))
     layer = NVFP4Linear(64, 96, recipe=NEAREST["rht"], backend=backend, device=device)
@@ -72,14 +74,15 @@ def test_gradients_equal_float64_from_the_dequantized_operands(device, backend):
 def test_backends_agree_where_they_say_they_are_exact(device, recipe):
     x, dy = torch.randn(33, 128, device=device), torch.randn(33, 96, device=device)
     results = []
-    for backend in BACKENDS:
+    for backend in [name for name in RUNNABLE if not BACKENDS[name].supports(RECIPES[recipe], DEVICE)]:
         torch.manual_seed(0)
         layer = NVFP4Linear(128, 96, recipe=recipe, backend=backend, device=device)
         torch.manual_seed(5)
         results.append(run(layer, x, dy))
     exact = bf16.exactness(RECIPES[recipe]) == "exact"
-    for got, expected in zip(*results, strict=True):
-        assert relative(got, expected) < (3e-7 if exact else 5e-3)
+    for result in results[:-1]:
+        for got, expected in zip(result, results[-1], strict=True):
+            assert relative(got, expected) < (3e-7 if exact else 5e-3)
     assert exact == (recipe != "fp8")
 
 
@@ -214,7 +217,7 @@ def test_use_recipe_is_temporary(device):
 def test_wrong_sizes_and_names_are_errors():
     with pytest.raises(ValueError, match="17→16: in_features=17 is not a multiple of 16; use nn.Linear"):
         NVFP4Linear(17, 16)
-    with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, bf16, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, fp4, bf16, fp4_triton, reference"):
         NVFP4Linear(16, 16, backend="cuda")
 
 

@@ -10,6 +10,6 @@ A backend is a module with
 An operand is a dataclass of tensors and, last, its cast; `tensors` gives the former.
 """
 
-from hf_nvfp4.backends import bf16, reference
+from hf_nvfp4.backends import bf16, fp4, fp4_triton, reference
 
-BACKENDS = {"bf16": bf16, "reference": reference}
+BACKENDS = {"fp4": fp4, "bf16": bf16, "fp4_triton": fp4_triton, "reference": reference}

@@ -19,10 +19,11 @@ from torch import Tensor
 from . import blas
 from .cast import CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, amax_kernel, cast_kernel
 from .dequantize import dequantize_kernel, factors_kernel
-from .launch import OPTIONS, Tile, processors, tile_for, tile_for_values
+from .launch import Launcher, Tile, processors, tile_for, tile_for_values
 from .spec import Plan, plan
 
 _LIBRARY = torch.library.Library((__package__ or "hf_nvfp4_ops").replace(".", "_"), "FRAGMENT")
+_AMAX, _CAST, _DEQUANTIZE, _FACTORS = map(Launcher, (amax_kernel, cast_kernel, dequantize_kernel, factors_kernel))
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -96,10 +97,8 @@ def amax(x: Tensor, row: bool, col_hadamard: int) -> Tensor:
         m, k = x.shape
         grid = min(tile.count(m, k), 8 * processors(x.device))
         with _on(x.device):
-            amax_kernel[(grid,)](
-                x, bits, m, k, x.stride(0), row_plan, col_plan, tile.fits(m, k), *tile.shape,
-                num_warps=tile.num_warps, **OPTIONS,
-            )  # fmt: skip
+            constants = (row_plan, col_plan, tile.fits(m, k), *tile.shape)
+            _AMAX(grid, (x, bits), (m, k, x.stride(0)), constants, tile.num_warps)
     if col_hadamard == 0:
         bits[1] = bits[0]
     return bits.view(torch.float32)
@@ -192,12 +191,10 @@ def cast(
     col_outputs = _outputs(x, k, padded(m), col_plan, col_out, True)
     if x.numel():
         with _on(x.device):
-            cast_kernel[(tile.count(m, k),)](
-                x, amax, row_seed, col_seed,
-                *_arguments(row_outputs, row_out, x), *_arguments(col_outputs, col_out, x),
-                m, k, x.stride(0), padded(m), row_plan, row_out, col_plan, col_out, tile.fits(m, k), *tile.shape,
-                num_warps=tile.num_warps, **OPTIONS,
-            )  # fmt: skip
+            tensors = (x, amax, row_seed, col_seed)
+            tensors += (*_arguments(row_outputs, row_out, x), *_arguments(col_outputs, col_out, x))
+            constants = (row_plan, row_out, col_plan, col_out, tile.fits(m, k), *tile.shape)
+            _CAST(tile.count(m, k), tensors, (m, k, x.stride(0), padded(m)), constants, tile.num_warps)
     return row_outputs + col_outputs
 
 
@@ -222,10 +219,9 @@ def dequantize(codes: Tensor, scales: Tensor | None, spec: str, across: bool) ->
         p, (R, B, num_warps) = plan(spec), tile_for_values(across)
         k, m = out.shape if across else out.shape[::-1]
         with _on(codes.device):
-            dequantize_kernel[(-(-m // R) * -(-k // (16 * B)),)](
-                codes.contiguous().view(torch.int32), scales, out, m, k, p, across, m % R == 0 and k % (16 * B) == 0,
-                R, B, num_warps=num_warps, **OPTIONS,
-            )  # fmt: skip
+            constants = (p, across, m % R == 0 and k % (16 * B) == 0, R, B)
+            tensors = (codes.contiguous().view(torch.int32), scales, out)
+            _DEQUANTIZE(-(-m // R) * -(-k // (16 * B)), tensors, (m, k), constants, num_warps)
     return out
 
 
@@ -253,6 +249,6 @@ def scaled_matmul(
         out.copy_(bias)
     factors = a.new_empty(2, dtype=torch.float32)
     with _on(a.device):
-        factors_kernel[(1,)](scale_a, scale_b, factors, bias is not None)
+        _FACTORS(1, (scale_a, scale_b, factors), (), (bias is not None,), 1)
         blas.matmul(a, b, factors, out)
     return out
