@@ -74,15 +74,22 @@ def quantize(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_ou
     seeds = [draw_seed(x.device) if c is not None and c.rounding == "stochastic" else None for c in (row, col)]
     texts = [None if c is None else spec(c) for c in (row, col)]
     out = ops.cast(x, amax, *seeds, texts[0], row_out, texts[1], col_out)
-    both = []
-    for cast, how in ((row, row_out), (col, col_out)):
-        if cast is None:
-            both += [None, None, None]
-        elif how == VALUES or cast.block_format.scale is None:
-            both += [out.pop(0), None, out.pop(0)]
-        else:
-            both += [out.pop(0), out.pop(0), out.pop(0)]
-    return both
+    split = _written(row, row_out)
+    return [*_three(out[:split], row), *_three(out[split:], col)]
+
+
+def _written(cast: Cast | None, how: int) -> int:
+    """How many tensors the kernels write for a cast."""
+    if cast is None:
+        return 0
+    return 2 if how == VALUES or cast.block_format.scale is None else 3
+
+
+def _three(written: list[Tensor], cast: Cast | None) -> list[Tensor | None]:
+    """Data, block scales, FP32 scale."""
+    if cast is None:
+        return [None, None, None]
+    return list(written) if len(written) == 3 else [written[0], None, written[1]]
 
 
 def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool):

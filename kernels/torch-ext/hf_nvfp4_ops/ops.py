@@ -19,7 +19,7 @@ from torch import Tensor
 from . import blas
 from .cast import CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, amax_kernel, cast_kernel
 from .dequantize import dequantize_kernel, factors_kernel
-from .launch import Launcher, Tile, processors, tile_for, tile_for_values
+from .launch import INTERPRETED, Launcher, Tile, processors, tile_for, tile_for_values
 from .spec import Plan, plan
 
 _LIBRARY = torch.library.Library((__package__ or "hf_nvfp4_ops").replace(".", "_"), "FRAGMENT")
@@ -55,13 +55,20 @@ def _check(x: Tensor) -> Tensor:
         raise TypeError(f"the kernels take [M, K] in float32, bfloat16 or float16, not {tuple(x.shape)} in {x.dtype}")
     if x.shape[1] % 16:
         raise ValueError(f"the kernels take [M, K] with K a multiple of 16; this is {tuple(x.shape)}. Pad with zeros.")
+    if max(x.shape) > 2**31 - 2**16:
+        raise ValueError(f"{tuple(x.shape)}: a row number and a column number have 31 bits in the kernels; split x")
+    if x.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"x is on {x.device}; the kernels run on a GPU, or anywhere with TRITON_INTERPRET=1")
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def _same_device(x: Tensor, **others: Tensor | None) -> None:
-    for name, other in others.items():
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{name} is on {other.device}, x on {x.device}; move one of them")
+def _check_like(name: str, t: Tensor, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """What a kernel reads besides x: on its device, of this dtype and shape, contiguous."""
+    if t.device != x.device:
+        raise ValueError(f"{name} is on {t.device}, x on {x.device}; move one of them")
+    if t.dtype != dtype or tuple(t.shape) != shape or not t.is_contiguous():
+        kind = "" if t.is_contiguous() else "a strided "
+        raise ValueError(f"{name} must be contiguous {dtype} {list(shape)}, not {kind}{t.dtype} {list(t.shape)}")
 
 
 def padded(m: int) -> int:
@@ -91,6 +98,8 @@ def amax(x: Tensor, row: bool, col_hadamard: int) -> Tensor:
     What is not asked for is 0. NaN and inf come through.
     """
     x = _check(x)
+    if col_hadamard not in (-1, 0, 2, 4, 8, 16):
+        raise ValueError(f"col_hadamard={col_hadamard}; the kernels know -1, 0, 2, 4, 8 and 16")
     bits = torch.zeros(2, dtype=torch.int32, device=x.device)
     if x.numel():
         row_plan, col_plan, tile = _amax_plan(row, col_hadamard)
@@ -182,11 +191,14 @@ def cast(
         TypeError, ValueError: sizes, dtypes, devices or casts that the kernels don't take.
     """
     x = _check(x)
-    _same_device(x, amax=amax, row_seed=row_seed, col_seed=col_seed)
     row_plan, col_plan, tile = _cast_plan(row, row_out, col, col_out)
-    if (row_plan.stochastic and row_seed is None) or (col_plan.stochastic and col_seed is None):
-        raise ValueError("stochastic rounding needs a seed, int32 [2]")
     m, k = x.shape
+    _check_like("amax", amax, x, torch.float32, (m,) if row_plan.per_row else (2,))
+    for name, p, seed in (("row_seed", row_plan, row_seed), ("col_seed", col_plan, col_seed)):
+        if p.stochastic and seed is None:
+            raise ValueError(f"{name}: stochastic rounding needs a seed, int32 [2]")
+        if seed is not None:
+            _check_like(name, seed, x, torch.int32, (2,))
     row_outputs = _outputs(x, m, k, row_plan, row_out, False)
     col_outputs = _outputs(x, k, padded(m), col_plan, col_out, True)
     if x.numel():
@@ -195,6 +207,10 @@ def cast(
             tensors += (*_arguments(row_outputs, row_out, x), *_arguments(col_outputs, col_out, x))
             constants = (row_plan, row_out, col_plan, col_out, tile.fits(m, k), *tile.shape)
             _CAST(tile.count(m, k), tensors, (m, k, x.stride(0), padded(m)), constants, tile.num_warps)
+    else:
+        for p, written in ((row_plan, row_outputs), (col_plan, col_outputs)):
+            for above in written[-1:]:
+                above.fill_(p.headroom if p.scale == "e8m0" else 1.0)
     return row_outputs + col_outputs
 
 
@@ -207,13 +223,27 @@ def _values_like(codes: Tensor, scales: Tensor | None, spec: str, across: bool) 
     return codes.new_empty((codes.shape[0], codes.shape[1] * 8 // plan(spec).grid.bits), dtype=torch.bfloat16)
 
 
+def _check_codes(codes: Tensor, scales: Tensor | None, p: Plan, across: bool) -> None:
+    width = 2 * p.grid.bits  # bytes of 16 codes
+    if codes.dtype != torch.uint8 or codes.dim() != 2 + across or codes.shape[-1] % width:
+        shape = f"[K / 16, M, {width}]" if across else f"[M, K / 16 · {width}]"
+        raise ValueError(f"codes must be uint8 {shape}, not {codes.dtype} {list(codes.shape)}")
+    if (scales is None) != (p.scale == "none"):
+        raise ValueError(f"scales of type {p.scale!r}: {'none are expected' if scales is not None else 'give them'}")
+    if scales is not None:
+        groups, m = codes.shape[:2] if across else (codes.shape[1] // width, codes.shape[0])
+        blocks = -(-groups * 16 // p.block)
+        dtype = torch.float32 if p.scale == "float32" else torch.uint8
+        _check_like("scales", scales, codes, dtype, (blocks, m) if across else (m, blocks))
+
+
 @_operator("dequantize(Tensor codes, Tensor? scales, str spec, bool across) -> Tensor", fake=_values_like)
 def dequantize(codes: Tensor, scales: Tensor | None, spec: str, across: bool) -> Tensor:
     """Codes and block scales of an operand [M, K], as `cast` writes them -> BF16 code × scale [M, K].
 
     across: they lie block after block (output 4 of `cast`); then the result is [K, M].
     """
-    _same_device(codes, scales=scales)
+    _check_codes(codes, scales, plan(spec), across)
     out = _values_like(codes, scales, spec, across)
     if out.numel():
         p, (R, B, num_warps) = plan(spec), tile_for_values(across)
@@ -243,7 +273,10 @@ def scaled_matmul(
     """
     if reason := blas.unfit(a, b, dtype):
         raise ValueError(f"scaled_matmul: {reason}")
-    _same_device(a, scale_a=scale_a, scale_b=scale_b, bias=bias)
+    _check_like("scale_a", scale_a, a, torch.float32, ())
+    _check_like("scale_b", scale_b, a, torch.float32, ())
+    if bias is not None:
+        _check_like("bias", bias, a, bias.dtype, (b.shape[0],))
     out = _product_like(a, b, scale_a, scale_b, bias, dtype)
     if bias is not None:
         out.copy_(bias)

@@ -40,7 +40,11 @@ class Spec(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Spec":
         """Inverse of `str`. Raises ValueError for what the kernels can't do."""
-        spec = cls(**json.loads(text))
+        try:
+            spec = cls(**json.loads(text))
+        except (TypeError, json.JSONDecodeError) as error:
+            fields = ", ".join(cls._fields)
+            raise ValueError(f"{text!r} is not the text of a Spec, a JSON object of {fields}: {error}") from None
         spec.check()
         return spec
 
@@ -50,8 +54,13 @@ class Spec(NamedTuple):
             raise ValueError(f"element {self.element!r}; the kernels know {', '.join(ELEMENT_MAX)}")
         if self.scale not in SCALES:
             raise ValueError(f"scale {self.scale!r}; the kernels know {', '.join(SCALES)}")
-        if self.scale_rule not in RULES:
-            raise ValueError(f"scale rule {self.scale_rule!r}; the kernels know {', '.join(RULES)}")
+        rules = RULES.get(self.scale, ("amax",))
+        if self.scale_rule not in rules:
+            raise ValueError(f"scale rule {self.scale_rule!r} with scale {self.scale!r}; it has {', '.join(rules)}")
+        if self.scale_rule in _OTHER_SCALES and self.stochastic:
+            raise ValueError(f"scale rule {self.scale_rule!r} measures the error of rounding to nearest")
+        if not isinstance(self.headroom, (int, float)) or not self.headroom >= 1:
+            raise ValueError(f"headroom={self.headroom!r}; give a number of at least 1")
         if self.hadamard not in (0, 2, 4, 8, 16):
             raise ValueError(f"a Hadamard transform of {self.hadamard}: the kernels know 2, 4, 8 and 16; rotate first")
         if (self.block == 0) != (self.scale == "none") or self.block not in (0, 16, 32, 64, 128):
@@ -140,10 +149,10 @@ class Plan(NamedTuple):
 
 
 _OTHER_SCALES = {"4over6": (1.5,), "4over6_mse": (1.5,), "best": (-1, 5)}
-RULES = ("amax", "ceil", *_OTHER_SCALES)
+RULES = {"e4m3": ("amax", *_OTHER_SCALES), "e8m0": ("amax", "ceil")}
 
 
-@functools.lru_cache
+@functools.cache
 def plan(text: str | None) -> Plan:
     """The Plan of a Spec's text; that of no operand for None."""
     if text is None:
