@@ -24,10 +24,12 @@ quickstart: install
 	$(BIN)/python scripts/evaluate.py $(RECIPES:%=$(RUNS)/%) --precision as-trained bf16
 	$(BIN)/python scripts/report.py $(RECIPES:%=$(RUNS)/%) --output $(RUNS)
 
-# Many small tensors: one thread a process is fastest, and two processes use both cores.
+# Many small tensors: one thread a process is fastest, and two processes use both cores. Without a GPU the kernels run
+# in Triton's interpreter, and are compiled for every architecture.
 test: install
 	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(BIN)/python scripts/compile_kernels.py --arch 80 89 90 100 120
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

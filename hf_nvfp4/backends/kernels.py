@@ -57,6 +57,10 @@ class Kept:
         """What a later `Kept(*tensors, cast)` is made of."""
         return self.codes, self.scales, self.tensor_scale
 
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """[K, M] with all scales multiplied out, in dtype."""
+        return values(self).to(dtype) * self.tensor_scale.to(dtype)
+
 
 def quantize(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_out: int):
     """Casts that the kernels know: amax, seeds and the cast itself.

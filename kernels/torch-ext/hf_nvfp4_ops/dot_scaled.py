@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .spec import NAMESPACE
 from .variants import Variant
 
-NAMESPACE = (__package__ or "hf_nvfp4_ops").replace(".", "_")
 TILE_M, TILE_N = 128, 128
 # By what is multiplied. Codes decoded in registers leave room for few columns.
 TILE_K = {"fp4": 128, "bf16": 32, "fp32": 32}

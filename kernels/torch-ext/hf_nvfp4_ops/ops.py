@@ -20,9 +20,9 @@ from . import blas
 from .cast import CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, amax_kernel, cast_kernel
 from .dequantize import dequantize_kernel, factors_kernel
 from .launch import INTERPRETED, Launcher, Tile, processors, tile_for, tile_for_values
-from .spec import Plan, plan
+from .spec import NAMESPACE, Plan, plan
 
-_LIBRARY = torch.library.Library((__package__ or "hf_nvfp4_ops").replace(".", "_"), "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AMAX, _CAST, _DEQUANTIZE, _FACTORS = map(Launcher, (amax_kernel, cast_kernel, dequantize_kernel, factors_kernel))
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -6,8 +6,11 @@ operator's arguments must be plain, so a Spec travels as text (`str(spec)`, `Spe
 
 import functools
 import json
+import re
 from typing import NamedTuple
 
+# Of the operators: this package's own name, whatever it was loaded as.
+NAMESPACE = re.sub(r"\W", "_", __package__ or "hf_nvfp4_ops")
 ELEMENT_MAX = {"e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0}
 SCALES = ("e4m3", "e8m0", "float32", "none")
 
