@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from hf_nvfp4.ops.cast import _load_columns, _prepared, cast_kernel
-from hf_nvfp4.ops.launch import OPTIONS, tile_for
+from hf_nvfp4.ops.launch import OPTIONS, Launcher, tile_for
 from hf_nvfp4.ops.spec import Plan, plan
 
 from hf_nvfp4 import Cast, ops, reference
@@ -63,6 +63,18 @@ def poisoned():
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def count_launches(monkeypatch):
+    """A list that the name of each kernel launched from now on is added to."""
+    names, launch = [], Launcher.__call__
+
+    def counted(self, *arguments):
+        names.append(self.kernel.__name__)
+        return launch(self, *arguments)
+
+    monkeypatch.setattr(Launcher, "__call__", counted)
+    return names
 
 
 # ---------------------------------------------------------------------------- tensors

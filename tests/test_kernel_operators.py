@@ -1,0 +1,420 @@
+"""The kernels as operators of torch: in graphs, on backend bf16, and what they refuse. Bits: test_kernels.py."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor_config
+
+from hf_nvfp4 import RECIPES, Cast, NVFP4Linear, Recipe
+from hf_nvfp4.backends import bf16
+from hf_nvfp4.backends.operand import Operand
+
+cases = pytest.importorskip("kernel_cases", reason="the kernels need Triton")
+ops, kernels = cases.ops, cases.kernels
+NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS = range(5)
+SR, RN_2D, RN_H = Cast(rounding="stochastic"), Cast(square=True), Cast(hadamard=16)
+SR_H = Cast(rounding="stochastic", hadamard=16)
+NEAREST = Recipe("nearest", (Cast(), RN_2D), (Cast(), RN_2D), (RN_H, RN_H))
+
+pytestmark = pytest.mark.skipif(not cases.RUN, reason=cases.WHY_NOT)
+
+
+def _name(recipe):
+    return getattr(recipe, "name", recipe)
+
+
+@pytest.fixture
+def on_kernels(monkeypatch, device):
+    """Backend bf16 casts by kernels, on the CPU too."""
+    monkeypatch.setattr(bf16, "KERNEL_DEVICES", {device.type})
+
+
+@pytest.fixture
+def gpu(device):
+    if device.type != "cuda" or cases.INTERPRETED:
+        pytest.skip("needs a GPU")
+    return device
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The kernels launched, by name."""
+    return cases.count_launches(monkeypatch)
+
+
+def run(layer, x, dy, seed=3):
+    """y, dx and dw of one forward and backward, the random draws always the same."""
+    torch.manual_seed(seed)
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(dy)
+    return y.detach(), x.grad, layer.weight.grad
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+# ---------------------------------------------------------------------------- operators
+
+def calls(device):
+    """Arguments of operators by name: each output, both dtypes of scales, ragged and empty."""
+    x, empty = torch.randn(37, 64, device=device), torch.empty(0, 64, device=device)
+    seed, two = cases.random_seed(device), torch.ones(2, device=device)
+    text = {c: kernels.spec(c) for c in (Cast(), SR, RN_2D, SR_H, Cast("fp8_e4m3_block"), Cast("fp8_e5m2"))}
+    per_row = kernels.spec(Cast(outer="row"))
+    yield "amax", (x, True, -1)
+    yield "amax", (x.bfloat16(), True, 0)
+    yield "amax", (x.T.contiguous().T, False, 16)
+    yield "amax", (empty, True, 16)
+    yield "cast", (x, two, None, seed, text[Cast()], VALUES, text[SR_H], CODES_ACROSS)
+    yield "cast", (x[::2], two, seed, None, text[SR], CODES, text[RN_2D], VALUES)
+    yield "cast", (x.half(), two, seed, None, text[SR], CODES_SWIZZLED, text[Cast()], CODES_SWIZZLED)
+    fp8 = text[Cast("fp8_e4m3_block")], text[Cast("fp8_e5m2")]
+    yield "cast", (x, two, None, None, fp8[0], CODES, fp8[1], CODES_ACROSS)
+    yield "cast", (x, two, None, None, fp8[1], VALUES, fp8[0], CODES_ACROSS)
+    yield "cast", (x, x.abs().amax(1), None, None, per_row, CODES, None, NOTHING)
+    yield "cast", (empty, two, None, seed, text[Cast()], CODES, text[SR_H], VALUES)
+    for cast in (Cast(), Cast("fp8_e4m3_block"), Cast("fp8_e5m2")):
+        for out in (CODES, CODES_ACROSS):
+            written = ops.cast(x, two, None, None, text[cast], out, None, NOTHING)
+            scales = written[1] if len(written) == 3 else None
+            yield "dequantize", (written[0], scales, text[cast], out == CODES_ACROSS)
+
+
+def test_operators_keep_what_torch_asks_of_them(device):
+    """Fake implementations, schemas, compilation, with static and dynamic sizes: torch.library.opcheck."""
+    for name, arguments in calls(device):
+        torch.library.opcheck(getattr(torch.ops.hf_nvfp4_ops, name).default, arguments)
+
+
+def test_scaled_matmul_is_an_operator(gpu):
+    a, b, one = (torch.ones(shape, device=gpu) for shape in ((16, 32), (48, 32), ()))
+    a, b = a.bfloat16(), b.bfloat16()
+    for arguments in ((a, b, one, one, None, torch.float32), (a, b, one, one, b[:, 0].contiguous(), torch.bfloat16)):
+        torch.library.opcheck(torch.ops.hf_nvfp4_ops.scaled_matmul.default, arguments)
+
+
+# ---------------------------------------------------------------------------- graphs
+
+def compiled(module, device):
+    """The module compiled whole, and a counter of its graphs: inductor on a GPU, eager after autograd on the CPU."""
+    counter = CompileCounterWithBackend("inductor" if device.type == "cuda" else "aot_eager")
+    torch._dynamo.reset()
+    return torch.compile(module, fullgraph=True, backend=counter), counter
+
+
+@pytest.mark.parametrize("recipe", [NEAREST, *RECIPES], ids=_name)
+def test_a_layer_compiles_into_one_graph(device, on_kernels, launches, recipe):
+    layer = NVFP4Linear(64, 48, recipe=recipe, backend="bf16", device=device)
+    x, dy = torch.randn(37, 64, device=device), torch.randn(37, 48, device=device)
+    expected = run(layer, x, dy)
+    eager = sorted(launches)
+    launches.clear()
+    graph, counter = compiled(layer, device)
+    # The same draws as without a graph.
+    with inductor_config.patch(fallback_random=True):
+        for got, want in zip(run(graph, x, dy), expected, strict=True):
+            assert relative(got, want) < 1e-6
+    assert counter.frame_count == 1
+    assert sorted(launches) == eager and (recipe == "bf16") == (not eager)
+
+
+def test_a_compiled_layer_takes_any_number_of_tokens(device, on_kernels):
+    layer = NVFP4Linear(64, 48, recipe=NEAREST, backend="bf16", device=device)
+    graph, counter = compiled(layer, device)
+    for tokens in (37, 64, 101):
+        x, dy = torch.randn(tokens, 64, device=device), torch.randn(tokens, 48, device=device)
+        for got, want in zip(run(graph, x, dy), run(layer, x, dy), strict=True):
+            assert relative(got, want) < 1e-6
+    assert counter.frame_count == 2  # for one size, for any
+
+
+def test_a_whole_llama_compiles_into_one_graph(device, on_kernels, launches, llama_config, build):
+    llama_config.num_hidden_layers = 1
+    model = build(NEAREST, backend="bf16").to(device)
+    ids = torch.randint(0, llama_config.vocab_size, (2, 19), device=device)
+    results = []
+    graph, counter = compiled(model, device)
+    for forward in (model, graph):
+        model.zero_grad()
+        launches.clear()
+        loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]), sorted(launches)))
+    (loss, gradient, launched), (graph_loss, graph_gradient, graph_launched) = results
+    assert counter.frame_count == 1 and not torch._dynamo.utils.counters["graph_break"]
+    assert launched.count("cast_kernel") == 4 * 7
+    # A graph casts x once for q, k and v: the operators have no side effects.
+    assert set(graph_launched) == set(launched) and len(graph_launched) < len(launched)
+    # On a GPU inductor's sums have another order: an element of FP4 may then move by a step, rarely.
+    assert graph_loss == pytest.approx(loss, rel=1e-4 if device.type == "cuda" else 1e-6)
+    assert relative(graph_gradient, gradient) < (0.05 if device.type == "cuda" else 1e-5)
+
+
+@pytest.mark.parametrize("recipe", [NEAREST, "fp8", "fp8_tensor"], ids=_name)
+def test_a_cuda_graph_replays_forward_and_backward(gpu, recipe):
+    layer = NVFP4Linear(64, 96, recipe=recipe, backend="bf16", device=gpu)
+    x, dy = torch.randn(40, 64, device=gpu, requires_grad=True), torch.randn(40, 96, device=gpu)
+    replay = captured(layer, x, dy)
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_()
+        expected = run(layer, x.detach(), dy)
+        for got, want in zip(replay(), expected, strict=True):
+            assert relative(got, want) < 1e-6
+
+
+def test_every_replay_of_a_cuda_graph_draws_anew(gpu):
+    layer = NVFP4Linear(64, 96, recipe="nvfp4", backend="bf16", device=gpu)
+    x, dy = torch.randn(40, 64, device=gpu, requires_grad=True), torch.randn(40, 96, device=gpu)
+    replay = captured(layer, x, dy)
+    (y, dx, dw), (again, dx_again, dw_again) = replay(), replay()
+    assert y.equal(again) and not dx.equal(dx_again) and not dw.equal(dw_again)
+    assert relative(dw, dw_again) < 0.5
+
+
+def captured(layer, x, dy):
+    """A function that replays forward and backward from a CUDA graph and copies y, dx and dw."""
+
+    def step():
+        layer.zero_grad()
+        x.grad = None
+        y = layer(x)
+        y.backward(dy)
+        return y.detach(), x.grad, layer.weight.grad
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    layer.zero_grad()
+    x.grad = None
+    with torch.cuda.graph(graph):
+        outputs = step()
+
+    def replay():
+        graph.replay()
+        return [t.clone() for t in outputs]
+
+    return replay
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_a_step_never_waits_for_the_gpu(gpu, recipe):
+    model = nn.Sequential(
+        NVFP4Linear(64, 96, recipe=recipe, device=gpu), nn.GELU(), NVFP4Linear(96, 64, recipe=recipe, device=gpu)
+    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    x = torch.randn(40, 64, device=gpu)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(x).float().square().mean().backward()
+        optimizer.step()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---------------------------------------------------------------------------- backend bf16
+
+# Beyond what today's recipes ask for: what the kernels leave to PyTorch, every format, scales of xᵀ's rows.
+PAIRS = [
+    (Cast(outer="row"), Cast(outer="row")),
+    (Cast(hadamard=32), Cast(hadamard=128, rounding="stochastic")),
+    (Cast("bf16", rounding="stochastic"), Cast("bf16", rounding="stochastic")),
+    (Cast("bf16"), SR_H),
+    (SR, Cast("bf16")),
+    (Cast(scale_rule="best"), Cast(scale_rule="4over6", square=True)),
+    (Cast("mxfp4", square=True), Cast("mxfp4", rounding="stochastic", headroom=4 / 3, hadamard=16)),
+    (Cast("mxfp8", scale_rule="ceil"), Cast("fp8_e4m3_block", square=True)),
+    (Cast("fp8_e4m3", outer="row"), Cast("fp8_e5m2", hadamard=8)),
+    (None, SR_H),
+]
+
+
+def assert_same_operands(monkeypatch, device, x, row, col, keep_col):
+    """With kernels and without: equal values, scales and draws; and an operand is what its tensors say."""
+    both = []
+    for devices in (set(), {device.type}):
+        monkeypatch.setattr(bf16, "KERNEL_DEVICES", devices)
+        torch.manual_seed(11)
+        both.append([None if a is None else (a, bf16._unpacked(a)) for a in bf16.cast(x, row, col, keep_col)])
+    for cast, plain, ours in zip((row, col), *both, strict=True):
+        assert (cast is None) == (ours is None) == (plain is None)
+        if cast is None:
+            continue
+        operand, values = ours
+        assert type(values) is Operand and operand.cast == cast
+        rebuilt = bf16._unpacked(type(operand)(*operand.tensors, operand.cast))
+        for want in (plain[1], rebuilt):
+            assert values.values.dtype == want.values.dtype and values.values.equal(want.values), cast
+            assert (values.scale is None) == (want.scale is None), cast
+            assert values.scale is None or values.scale.equal(want.scale), cast
+        wide = operand.dequantize(torch.float64)
+        assert wide.equal(values.dequantize(torch.float64)) and wide.shape == values.values.shape
+    return [None if ours is None else ours[0] for ours in both[1]]
+
+
+@pytest.mark.parametrize("recipe", [r.active(h) for r in RECIPES.values() for h in (None, "forward")], ids=_name)
+def test_a_layers_operands_are_the_same_with_kernels_and_without(monkeypatch, device, recipe):
+    x, w, dy = (torch.randn(*s, device=device).bfloat16() for s in ((37, 64), (48, 64), (37, 48)))
+    evaluated = recipe.per_token()
+    for tensor, row, col, keep in (
+        (x, recipe.fprop.a, recipe.wgrad.b, True),
+        (w, recipe.fprop.b, None, False),
+        (dy, recipe.dgrad.a, recipe.wgrad.a, False),
+        (w, None, recipe.dgrad.b, False),
+        (x, evaluated.fprop.a, None, False),
+    ):
+        operands = assert_same_operands(monkeypatch, device, tensor, row, col, keep)
+        if keep and col.format == "nvfp4":
+            kept = sum(t.numel() * t.element_size() for t in operands[1].tensors)
+            assert kept == 48 * 64 * 9 // 16 + 4  # half a byte, a scale for each 16, one FP32 number
+
+
+@pytest.mark.parametrize("keep_col", [False, True])
+@pytest.mark.parametrize(("row", "col"), PAIRS, ids=str)
+def test_other_operands_are_the_same_with_kernels_and_without(monkeypatch, device, row, col, keep_col):
+    assert_same_operands(monkeypatch, device, torch.randn(37, 128, device=device), row, col, keep_col)
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_a_layer_is_the_same_with_kernels_and_without(monkeypatch, device, recipe):
+    x, dy = torch.randn(37, 64, device=device), torch.randn(37, 48, device=device)
+    layer = NVFP4Linear(64, 48, recipe=recipe, backend="bf16", device=device)
+    results = []
+    for devices in (set(), {device.type}):
+        monkeypatch.setattr(bf16, "KERNEL_DEVICES", devices)
+        results.append(run(layer, x, dy))
+    for got, want in zip(*results, strict=True):
+        assert relative(got, want) < 1e-6
+
+
+# ---------------------------------------------------------------------------- the GEMM
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [(33, 96, 64), (256, 128, 512), (1, 48, 16)], ids=str)
+def test_scaled_matmul_equals_float64_in_every_layout(gpu, sizes, dtype):
+    m, n, k = sizes
+    a, b = (torch.randn(rows, k, device=gpu).bfloat16() for rows in (m, n))
+    scale_a, scale_b = torch.tensor(3e-5, device=gpu), torch.tensor(0.7, device=gpu)
+    layouts = (lambda x: x, lambda x: x.T.contiguous().T, cases.LAYOUTS["wide rows"], cases.LAYOUTS["every other row"])
+    product = (a.double() @ b.double().T) * (scale_a * scale_b).double()
+    for bias in (None, torch.randn(n, device=gpu), torch.randn(n, device=gpu).bfloat16()):
+        want = product if bias is None else product + bias.to(dtype).double()
+        for lay_a in layouts:
+            for lay_b in layouts:
+                with cases.poisoned():
+                    got = ops.scaled_matmul(lay_a(a), lay_b(b), scale_a, scale_b, bias, dtype)
+                assert got.dtype == dtype and got.shape == (m, n)
+                # FP32 sums, rounded once: half a unit in the last place of BF16 is 2^-9.
+                error = (got.double() - want).abs() - (2.0**-9 * want.abs() if dtype == torch.bfloat16 else 0)
+                assert error.max() < 1e-6 * want.abs().max()
+
+
+def test_scaled_matmul_keeps_nan_scales(gpu):
+    a, one = torch.ones(16, 32, device=gpu).bfloat16(), torch.ones((), device=gpu)
+    assert ops.scaled_matmul(a, a, one, one * float("nan"), None, torch.float32).isnan().all()
+
+
+# ---------------------------------------------------------------------------- bad input
+
+def bad_casts(x):
+    """What is wrong, arguments of ops.cast."""
+    two, seed = torch.ones(2, device=x.device), cases.random_seed(x.device)
+    rn, sr, per_row, mx = (kernels.spec(c) for c in (Cast(), SR, Cast(outer="row"), Cast("mxfp4")))
+    row = (None, None, rn, VALUES, None, NOTHING)
+    draw = (None, sr, VALUES, None, NOTHING)
+    yield r"\[M, K\] in float32, bfloat16 or float16, not \(32, 64\) in torch.float64", (x.double(), two, *row)
+    yield r"not \(32, 64\) in torch.int32", (x.int(), two, *row)
+    yield r"not \(1, 32, 64\) in torch.float32", (x[None], two, *row)
+    yield r"K a multiple of 16; this is \(32, 40\). Pad with zeros", (x[:, :40], two, *row)
+    yield "amax is on meta, x on", (x, two.to("meta"), *row)
+    yield "row_seed is on meta", (x, two, seed.to("meta"), *draw)
+    yield r"amax must be contiguous torch.float32 \[2\], not torch.bfloat16", (x, two.bfloat16(), *row)
+    yield r"amax must be .* \[2\], not torch.float32 \[1\]", (x, two[:1], *row)
+    yield r"amax must be .* \[32\], not .* \[2\]", (x, two, None, None, per_row, VALUES, None, NOTHING)
+    yield "amax must be .* not a strided", (x, torch.ones(4, device=x.device)[::2], *row)
+    yield r"seed, int32 \[2\]", (x, two, None, *draw)
+    yield "seed must be contiguous torch.int32", (x, two, seed.long(), *draw)
+    yield "per-row scales of xᵀ: transpose x", (x, two, None, None, None, NOTHING, per_row, VALUES)
+    yield "per-row scales goes alone", (x, x[:, 0].abs().contiguous(), None, None, per_row, VALUES, rn, VALUES)
+    yield "only E4M3 scales are swizzled", (x, two, None, None, mx, CODES_SWIZZLED, None, NOTHING)
+    yield "row_out=7", (x, two, None, None, rn, 7, None, NOTHING)
+    yield "col_out=0 .* 1 to 4 with a Spec", (x, two, None, None, rn, VALUES, rn, NOTHING)
+    yield "row_out=1 for row=None: 0 goes with None", (x, two, None, None, None, VALUES, None, NOTHING)
+    yield "'e4m3' is not the text of a Spec", (x, two, None, None, "e4m3", VALUES, None, NOTHING)
+
+
+def bad_specs():
+    """What is wrong, fields of a Spec that are."""
+    yield "element 'e3m0'; the kernels know e2m1, e4m3, e5m2", {"element": "e3m0"}
+    yield "scale 'e5m2'; the kernels know", {"scale": "e5m2"}
+    yield "blocks of 48 .* the kernels know 16, 32, 64 and 128", {"block": 48}
+    yield "blocks of 16 with scale 'none'", {"scale": "none"}
+    yield "scale rule 'ceil' with scale 'e4m3'", {"scale_rule": "ceil"}
+    yield "scale rule 'best' with scale 'float32'", {"scale_rule": "best", "scale": "float32"}
+    yield "error of rounding to nearest", {"scale_rule": "4over6", "stochastic": True}
+    yield "Hadamard transform of 32", {"hadamard": 32}
+    yield "headroom=0", {"headroom": 0}
+    yield "headroom='much'", {"headroom": "much"}
+    yield "square blocks are the same along both", {"square": True, "per_row": True}
+    yield "not the text of a Spec, a JSON object of element, block", {"blocks": 16}
+
+
+def test_bad_input_is_refused_in_words_before_any_launch(device, launches):
+    x = torch.randn(32, 64, device=device)
+    for message, arguments in bad_casts(x):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ops.cast.__wrapped__(*arguments)  # past the dispatcher, which sends meta tensors elsewhere
+    text, two = kernels.spec(Cast()), torch.ones(2, device=device)
+    for message, fields in bad_specs():
+        changed = json.dumps({**ops.Spec()._asdict(), **fields})
+        with pytest.raises(ValueError, match=message):
+            ops.cast(x, two, None, None, changed, VALUES, None, NOTHING)
+    for size in (-2, 1, 3, 32):
+        with pytest.raises(ValueError, match=f"col_hadamard={size}"):
+            ops.amax(x, True, size)
+    codes, scales = (torch.zeros(4, n, dtype=torch.uint8, device=device) for n in (32, 4))
+    for message, arguments in (
+        (r"codes must be uint8 \[M, K / 16 · 8\], not .* \[4, 4\]", (codes[:, :4], scales, text, False)),
+        ("codes must be uint8", (codes.int(), scales, text, False)),
+        (r"codes must be uint8 \[K / 16, M, 8\]", (codes, scales, text, True)),
+        (r"scales must be .* \[4, 4\], not .* \[4, 3\]", (codes, scales[:, :3].contiguous(), text, False)),
+        ("scales must be .* a strided", (codes, scales.T, text, False)),
+        ("scales must be contiguous torch.uint8", (codes, scales.float(), text, False)),
+        ("give them", (codes, None, text, False)),
+        ("none are expected", (codes, scales, kernels.spec(Cast("fp8_e4m3")), False)),
+        ("scales is on meta", (codes, scales.to("meta"), text, False)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.dequantize.__wrapped__(*arguments)
+    assert not launches
+
+
+def test_a_gemm_that_there_is_not_is_refused(device, launches):
+    a, one = torch.ones(16, 32, device=device).bfloat16(), torch.ones((), device=device)
+    with pytest.raises(ValueError, match="scaled_matmul: "):
+        ops.scaled_matmul(a.float(), a, one, one, None, torch.float32)
+    assert "one GPU" in ops.unfit(a.cpu(), a.cpu(), torch.float32)
+    if device.type == "cuda":
+        assert "torch.float16" in ops.unfit(a, a, torch.float16)
+        assert "empty" in ops.unfit(a[:0], a, torch.float32)
+        assert "not contiguous" in ops.unfit(a[:, ::2], a[:, ::2], torch.float32)
+        with pytest.raises(ValueError, match="scale_b is on cpu"):
+            ops.scaled_matmul(a, a, one, one.cpu(), None, torch.float32)
+    assert not launches
