@@ -4,8 +4,9 @@ Operands are packed E2M1 codes, E4M3 block scales in the swizzled layout of cuBL
 scale. A scale of each row, which such a GEMM does not take, multiplies its FP32 result. GEMMs of two BF16 operands go
 to backend `bf16`; a pair of one FP4 and one other operand has no hardware.
 
-The casts are Triton kernels on a GPU (hf_nvfp4.ops), the reference elsewhere. Compiled and layout-verified, not run
-on hardware.
+The casts are Triton kernels on a GPU (hf_nvfp4.ops), the reference elsewhere, and give the same bits, but for
+stochastic rounding by hardware where the environment has HF_NVFP4_CVT_RS=1. Compiled and layout-verified, not run on
+hardware.
 """
 
 import dataclasses

@@ -98,9 +98,9 @@ def _three(written: list[Tensor], cast: Cast | None) -> list[Tensor | None]:
 
 def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool):
     """Backend `bf16`'s cast: values, or packed for xᵀ if it is to be kept."""
-    if row is not None and (is_plain(row) or row.hadamard or row.outer == "row"):
+    if row is not None and (row.block_format.high_precision or row.hadamard or row.outer == "row"):
         return _alone(x, row), cast(x, None, col, keep_col)[1]
-    if col is not None and (is_plain(col) or not _kernel_column(col, keep_col)):
+    if col is not None and not _kernel_column(col, keep_col):
         return cast(x, row, None, False)[0], _alone_transposed(x, col, keep_col)
     if row is None and col is None:
         return None, None
@@ -115,7 +115,11 @@ def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool):
 def _kernel_column(col: Cast, keep: bool) -> bool:
     """Whether the kernels quantize xᵀ from x. Square blocks are the same both ways: values are transposed instead."""
     fits = col.hadamard <= 16 and col.outer == "tensor" and not col.block_format.high_precision
-    return fits and not (col.square and not keep)
+    return fits and (keep or not _same_both_ways(col))
+
+
+def _same_both_ways(cast: Cast) -> bool:
+    return cast.square and cast.rounding == "nearest"
 
 
 def _alone(x: Tensor, cast: Cast, keep: bool = False) -> Operand | QuantizedTensor:
@@ -132,7 +136,7 @@ def _alone(x: Tensor, cast: Cast, keep: bool = False) -> Operand | QuantizedTens
 
 
 def _alone_transposed(x: Tensor, cast: Cast, keep: bool) -> Operand | QuantizedTensor:
-    if cast.square and not keep:
+    if _same_both_ways(cast) and not keep:
         square = _alone(transposed(x, cast).T, cast)
         return Operand(square.values.T, square.scale, cast)
     return _alone(transposed(x, cast), cast, keep)
@@ -147,13 +151,14 @@ def packed(codes: Tensor, scales: Tensor, tensor_scale: Tensor, cast: Cast) -> Q
 
 
 def values(q: QuantizedTensor | Kept) -> Tensor:
-    """code × block scale in BF16 [M, K]."""
+    """code × block scale in BF16 [M, K], still rotated if the cast rotates."""
+    stored = spec(dataclasses.replace(q.cast, hadamard=0))
     if isinstance(q, Kept):
-        return ops.dequantize(q.codes, q.scales, spec(q.cast), True).T
+        return ops.dequantize(q.codes, q.scales, stored, True).T
     scales = q.scales
     if scales is not None and scales.dtype != torch.float32:
         scales = scales.view(torch.uint8)
-    return ops.dequantize(q.codes, scales, spec(q.cast), False)
+    return ops.dequantize(q.codes, scales, stored, False)
 
 
 def multiply(a: Operand, b: Operand, dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:

@@ -9,18 +9,21 @@ through shared memory; transposes come before narrow casts.
 import triton
 import triton.language as tl
 
+from .conversion import e2m1_words
 from .numerics import (
     as_float,
     as_int,
     block_scales,
     dither,
     largest16,
+    random_words,
     rotate,
     round_bf16,
     round_magnitude,
     scale_above,
     signed_code,
     to_bf16,
+    to_fp32,
     with_sign,
 )
 
@@ -52,7 +55,7 @@ def _load_rows(ptr, rows, groups, stride, M, K, EVEN: tl.constexpr):
     at = rows[:, None, None].to(tl.int64) * stride + groups[None, :, None] * 16 + tl.arange(0, 8)[None, None, :]
     inside = (rows < M)[:, None, None] & (groups < K // 16)[None, :, None]
     both = tl.join(_load(ptr + at, inside, EVEN), _load(ptr + at + 8, inside, EVEN))
-    return tl.reshape(tl.permute(both, (0, 1, 3, 2)), (R, B, 16)).to(tl.float32)
+    return to_fp32(tl.reshape(tl.permute(both, (0, 1, 3, 2)), (R, B, 16)))
 
 
 @triton.jit
@@ -73,7 +76,7 @@ def _load_columns(ptr, columns, groups, stride, M, K, EVEN: tl.constexpr):
     for i in tl.static_range(4):
         four = four + (tl.join(eight[i], eight[i + 4]),)
     both = tl.join(tl.join(four[0], four[2]), tl.join(four[1], four[3]))
-    return tl.reshape(both, (R, B, 16)).to(tl.float32)
+    return to_fp32(tl.reshape(both, (R, B, 16)))
 
 
 @triton.jit
@@ -127,16 +130,20 @@ def scales_at(rows, groups, M, K, BLOCK: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def _store_codes(ptr, code, rows, groups, M, K, BITS: tl.constexpr, OUT: tl.constexpr, EVEN: tl.constexpr):
-    """int32 codes [R, B, 16] packed, the even column low."""
-    R: tl.constexpr = rows.shape[0]
-    B: tl.constexpr = groups.shape[0]
+def _pack(code, BITS: tl.constexpr):
+    """int32 codes [R, B, 16] -> words of 32 bits [R, B, 2 or 4], the even column low."""
+    R: tl.constexpr = code.shape[0]
+    B: tl.constexpr = code.shape[1]
     EACH: tl.constexpr = 32 // BITS
-    WORDS: tl.constexpr = 16 // EACH
     places = (tl.arange(0, EACH) * BITS)[None, None, None, :]
-    words = tl.sum(tl.reshape(code, (R, B, WORDS, EACH)) << places, 3)
+    return tl.sum(tl.reshape(code, (R, B, 16 // EACH, EACH)) << places, 3)
+
+
+@triton.jit
+def _store_codes(ptr, words, rows, groups, M, K, OUT: tl.constexpr, EVEN: tl.constexpr):
+    """The words of packed codes of 16 elements each, [R, B, 2 or 4]."""
     inside = (rows < M)[:, None, None] & (groups < K // 16)[None, :, None]
-    _store(ptr + words_at(rows, groups, M, K, WORDS, OUT == 4), words, inside, EVEN)
+    _store(ptr + words_at(rows, groups, M, K, words.shape[2], OUT == 4), words, inside, EVEN)
 
 
 @triton.jit
@@ -199,35 +206,40 @@ def amax_kernel(x_ptr, out_ptr, M, K, stride, ROW: tl.constexpr, COL: tl.constex
 
 @triton.jit
 def _cast_tile(v, rows, groups, amax, seed_ptr, codes_ptr, scales_ptr, M, K,
-               P: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
+               P: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
+               HARDWARE: tl.constexpr):  # fmt: skip
     """Quantize a tile [R, B, 16] of an operand [M, K] and write it.
 
     TRANSPOSED: values go to [K, M], the layout that x has; codes and scales always have the operand's.
     """
-    R: tl.constexpr = rows.shape[0]
-    B: tl.constexpr = groups.shape[0]
     G: tl.constexpr = P.grid
+    # Levels of conversion.py: 1 is enough to round to nearest, stochastically it takes 2.
+    BY_INSTRUCTION: tl.constexpr = G.bits == 4 and OUT > 1 and HARDWARE > P.stochastic
     tall: tl.constexpr = P.block if P.square else 1
     inverse, scale, scale_code = block_scales(v, amax, P, tall)
     v = v * inverse[:, :, None]
-    m = tl.minimum(tl.abs(v), G.max)
-    draws = dither(rows, groups, seed_ptr, G, R, B) if P.stochastic else m
-    sum, magic = round_magnitude(m, draws, P.stochastic, G)
-    if OUT == 1:
-        value = sum - magic
-        if P.scale != "none":
-            value = value * scale[:, :, None]
-        if G.bits == 8:
-            value = tl.where(v == v, value, v)
-        value = with_sign(value, v)
-        if TRANSPOSED:
-            _store_columns(codes_ptr, value, rows, groups, K, M, EVEN)
-        else:
-            _store_rows(codes_ptr, value, rows, groups, M, K, EVEN)
+    if BY_INSTRUCTION:
+        random = random_words(rows, groups, seed_ptr) if P.stochastic else v
+        _store_codes(codes_ptr, e2m1_words(v, random, P.stochastic), rows, groups, M, K, OUT, EVEN)
     else:
-        _store_codes(codes_ptr, signed_code(sum, v, G), rows, groups, M, K, G.bits, OUT, EVEN)
-        if P.scale != "none":
-            _store_scales(scales_ptr, scale_code, rows, groups, M, K, P.block, OUT)
+        m = tl.minimum(tl.abs(v), G.max)
+        draws = dither(random_words(rows, groups, seed_ptr), G) if P.stochastic else m
+        sum, magic = round_magnitude(m, draws, P.stochastic, G)
+        if OUT > 1:
+            _store_codes(codes_ptr, _pack(signed_code(sum, v, G), G.bits), rows, groups, M, K, OUT, EVEN)
+        else:
+            value = sum - magic
+            if P.scale != "none":
+                value = value * scale[:, :, None]
+            if G.bits == 8:
+                value = tl.where(v == v, value, v)
+            value = with_sign(value, v)
+            if TRANSPOSED:
+                _store_columns(codes_ptr, value, rows, groups, K, M, EVEN)
+            else:
+                _store_rows(codes_ptr, value, rows, groups, M, K, EVEN)
+    if OUT > 1 and P.scale != "none":
+        _store_scales(scales_ptr, scale_code, rows, groups, M, K, P.block, OUT)
 
 
 @triton.jit
@@ -235,12 +247,14 @@ def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr,
                 row_ptr, row_scales_ptr, row_scale_ptr, col_ptr, col_scales_ptr, col_scale_ptr,
                 M, K, stride, M_PADDED,
                 ROW: tl.constexpr, ROW_OUT: tl.constexpr, COL: tl.constexpr, COL_OUT: tl.constexpr,
-                EVEN: tl.constexpr, R: tl.constexpr, B: tl.constexpr, RC: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+                EVEN: tl.constexpr, R: tl.constexpr, B: tl.constexpr, RC: tl.constexpr, BC: tl.constexpr,
+                HARDWARE: tl.constexpr = 0):  # fmt: skip
     """One tile of x [M, K] (contiguous along K): R × 16·B of it by rows, and the same part by columns (RC × 16·BC).
 
     amax_ptr: FP32 [2], x's and the rotated xᵀ's; [M] if rows have their own.
     row_ptr: values BF16 [M, K] or codes; col_ptr: values BF16 [M_PADDED, K] or codes of [K, M_PADDED].
     row_scale_ptr, col_scale_ptr: the FP32 scale above them.
+    HARDWARE: which conversion instructions to use for E2M1 codes, see conversion.py.
     """
     across = tl.cdiv(K, B * 16)
     first_row, first_column = tl.program_id(0) // across * R, tl.program_id(0) % across * (B * 16)
@@ -256,7 +270,8 @@ def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr,
             if tl.program_id(0) == 0:
                 tl.store(row_scale_ptr, scale_above(amax, ROW))
         v = _prepared(_load_rows(x_ptr, rows, groups, stride, M, K, EVEN), ROW)
-        _cast_tile(v, rows, groups, amax, row_seed_ptr, row_ptr, row_scales_ptr, M, K, ROW, ROW_OUT, False, EVEN)
+        _cast_tile(v, rows, groups, amax, row_seed_ptr, row_ptr, row_scales_ptr, M, K, ROW, ROW_OUT, False, EVEN,
+                   HARDWARE)  # fmt: skip
     if COL.on:
         amax = tl.load(amax_ptr + 1)
         if tl.program_id(0) == 0:
@@ -265,5 +280,6 @@ def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr,
         groups = first_row // 16 + tl.arange(0, BC)
         v = _prepared(_load_columns(x_ptr, columns, groups, stride, M, K, EVEN), COL)
         _cast_tile(
-            v, columns, groups, amax, col_seed_ptr, col_ptr, col_scales_ptr, K, M_PADDED, COL, COL_OUT, True, EVEN
+            v, columns, groups, amax, col_seed_ptr, col_ptr, col_scales_ptr, K, M_PADDED, COL, COL_OUT, True, EVEN,
+            HARDWARE,
         )

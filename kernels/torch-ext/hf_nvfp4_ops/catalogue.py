@@ -1,6 +1,9 @@
 """Every launch of cast.py and dequantize.py that recipes make, to compile without a GPU. See variants.py."""
 
+from dataclasses import replace
+
 from .cast import CODES, CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, amax_kernel, cast_kernel
+from .conversion import NONE, STOCHASTIC, TO_NEAREST
 from .dequantize import dequantize_kernel, factors_kernel
 from .launch import OPTIONS, tile_for, tile_for_values
 from .spec import Plan, Spec, plan
@@ -32,6 +35,9 @@ _CASTS = {
     "mxfp4": (_MXFP4, VALUES, _MXFP4._replace(stochastic=True, headroom=4 / 3), VALUES),
     "mxfp8": (_MXFP8._replace(scale_rule="ceil"), VALUES, _MXFP8, CODES),
 }
+# Those of them whose codes come from conversion instructions where there are some, and what their PTX then has.
+_TO_NEAREST = ("nvfp4_x", "nvfp4_packed", "nvfp4_native_x", "nvfp4_native_w", "nvfp4_best")
+_CVT_RN, _CVT_RS = r"cvt\.rn\.satfinite\.e2m1x2\.f32", r"cvt\.rs\.satfinite\.e2m1x4\.f32"
 
 
 def _data(spec: Spec | None, out: int) -> dict[str, str]:
@@ -40,16 +46,25 @@ def _data(spec: Spec | None, out: int) -> dict[str, str]:
     return {"": "*i32" if out >= CODES else "*bf16" if out == VALUES else "*u8", "_scales": scales, "_scale": "*fp32"}
 
 
-def _cast(name: str, row: Spec | None, row_out: int, col: Spec | None, col_out: int, x: str = "*bf16") -> Variant:
+def _cast(
+    name: str, row: Spec | None, row_out: int, col: Spec | None, col_out: int, x: str = "*bf16", hardware: int = NONE
+) -> Variant:
     row_plan, col_plan = (plan(None if s is None else str(s)) for s in (row, col))
     tile = tile_for(row_plan, col_plan)
     types = {"x_ptr": x, "amax_ptr": "*fp32", "row_seed_ptr": "*i32", "col_seed_ptr": "*i32"}
     types |= {f"row{suffix}_ptr": t for suffix, t in _data(row, row_out).items()}
     types |= {f"col{suffix}_ptr": t for suffix, t in _data(col, col_out).items()}
     types |= {name: "i32" for name in ("M", "K", "stride", "M_PADDED")}
-    constexprs = {"ROW": row_plan, "ROW_OUT": row_out, "COL": col_plan, "COL_OUT": col_out, "EVEN": True, **tile.constexprs}
+    constexprs = {"ROW": row_plan, "ROW_OUT": row_out, "COL": col_plan, "COL_OUT": col_out, "EVEN": True}
+    constexprs |= {**tile.constexprs, "HARDWARE": hardware}
     options = {"num_warps": tile.num_warps, **OPTIONS}
     return Variant(f"cast_{name}", cast_kernel, types, constexprs, options, ("M", "K", "stride", "M_PADDED"))
+
+
+def _by_instruction(name: str, suffix: str, hardware: int, instruction: str, last: int) -> Variant:
+    """A cast of `_CASTS` as it is launched on sm_100 and later."""
+    variant = _cast(f"{name}_{suffix}", *_CASTS[name], hardware=hardware)
+    return replace(variant, min_arch=100, max_arch=last, expect={arch: instruction for arch in (100, 120)})
 
 
 def _amax(name: str, hadamard: int) -> Variant:
@@ -76,6 +91,8 @@ VARIANTS = [
     _amax("both", 16),
     *(_cast(name, *arguments) for name, arguments in _CASTS.items()),
     _cast("nvfp4_x_fp32", *_CASTS["nvfp4_x"], x="*fp32"),
+    *(_by_instruction(name, "cvt_rn", TO_NEAREST, _CVT_RN, 120) for name in _TO_NEAREST),
+    _by_instruction("nvfp4_native_dy", "cvt_rs", STOCHASTIC, _CVT_RS, 100),  # opt-in
     _dequantize("nvfp4", _NVFP4, False),
     _dequantize("nvfp4_across", _NVFP4, True),
     _dequantize("fp8_across", _FP8, True),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from .conversion import NONE, STOCHASTIC, TO_NEAREST
 from .spec import Plan
 
 # Products are never fused with sums: the reference rounds each operation.
@@ -59,6 +60,21 @@ def tile_for_values(across: bool) -> tuple[int, int, int]:
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 1 for the interpreter, which runs programs one by one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def hardware(device: torch.device) -> int:
+    """Which instructions of conversion.py the casts use on a device. None but on NVIDIA's sm_100 and sm_120 families.
+
+    Those that round stochastically only where there are some (compute capability 10.x) and the environment has
+    HF_NVFP4_CVT_RS=1 at the first cast: fewer instructions, but a seed then gives other bits than on other devices.
+    """
+    if device.type != "cuda" or INTERPRETED or torch.version.cuda is None:
+        return NONE
+    family = torch.cuda.get_device_capability(device)[0]
+    if family not in (10, 12):
+        return NONE
+    return STOCHASTIC if family == 10 and os.environ.get("HF_NVFP4_CVT_RS") == "1" else TO_NEAREST
 
 
 class Launcher:

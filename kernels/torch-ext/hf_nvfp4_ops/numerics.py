@@ -52,6 +52,15 @@ def to_bf16(v):
 
 
 @triton.jit
+def to_fp32(v):
+    """BF16, FP16 or FP32 to FP32."""
+    if INTERPRETED and v.dtype == tl.bfloat16:  # it misreads subnormals
+        return as_float(v.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    else:
+        return v.to(tl.float32)
+
+
+@triton.jit
 def mix(h):
     """A bijection of uint32, the reference's `_mix`."""
     h = (h ^ (h >> 16)) * 0x21F0AAAD
@@ -60,12 +69,19 @@ def mix(h):
 
 
 @triton.jit
-def dither(rows, groups, seed_ptr, G: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
-    """For each element of [R, B, 16] a draw in (-1/2, 1/2) × the grid's step per power of two: 8 bits, 4 a word."""
+def random_words(rows, groups, seed_ptr):
+    """uint32 [R, B, 4]: 32 random bits for each four elements of [R, B, 16]."""
     words = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
     by_row = mix((rows ^ tl.load(seed_ptr)).to(tl.uint32, bitcast=True))
     by_word = mix((~words ^ tl.load(seed_ptr + 1)).to(tl.uint32, bitcast=True))
-    word = mix(by_row[:, None, None] ^ by_word[None, :, :])  # [R, B, 4]
+    return mix(by_row[:, None, None] ^ by_word[None, :, :])
+
+
+@triton.jit
+def dither(word, G: tl.constexpr):
+    """For each element of [R, B, 16] a draw in (-1/2, 1/2) × the grid's step per power of two: 8 bits, 4 a word."""
+    R: tl.constexpr = word.shape[0]
+    B: tl.constexpr = word.shape[1]
     # Each byte within an FP32 mantissa, where it takes the fewest instructions to put: then centred. Exact.
     places = (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, None, :]
     byte = ((word[:, :, :, None] >> places) & 0xFF) << 8

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import blas
 from .cast import CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, amax_kernel, cast_kernel
 from .dequantize import dequantize_kernel, factors_kernel
-from .launch import INTERPRETED, Launcher, Tile, processors, tile_for, tile_for_values
+from .launch import INTERPRETED, Launcher, Tile, hardware, processors, tile_for, tile_for_values
 from .spec import NAMESPACE, Plan, plan
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -205,7 +205,7 @@ def cast(
         with _on(x.device):
             tensors = (x, amax, row_seed, col_seed)
             tensors += (*_arguments(row_outputs, row_out, x), *_arguments(col_outputs, col_out, x))
-            constants = (row_plan, row_out, col_plan, col_out, tile.fits(m, k), *tile.shape)
+            constants = (row_plan, row_out, col_plan, col_out, tile.fits(m, k), *tile.shape, hardware(x.device))
             _CAST(tile.count(m, k), tensors, (m, k, x.stride(0), padded(m)), constants, tile.num_warps)
     else:
         for p, written in ((row_plan, row_outputs), (col_plan, col_outputs)):
