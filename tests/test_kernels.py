@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from test_reference import near_ties
 
 from hf_nvfp4 import Cast, NVFP4Linear
 from hf_nvfp4.backends import bf16
@@ -19,7 +20,7 @@ ops, kernels = cases.ops, cases.kernels
 NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS = range(5)
 SR = Cast(rounding="stochastic")
 
-pytestmark = pytest.mark.skipif(not cases.RUN, reason=cases.WHY_NOT)
+pytestmark = cases.MARKS
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,17 @@ def test_block_scales_of_every_size(device, rule, outer):
     cases.compare(x, cast, CODES)
     scales = cases.expected(x, cast, None, False).quantized.scales.view(torch.uint8)
     assert len(scales.unique()) > 115
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("rule", ["4over6", "4over6_mse", "best"])
+def test_scales_that_err_alike(device, rule, square):
+    """Where only the order of a sum, or the fixed point of a square block, says which candidate errs less."""
+    x = near_ties(144, 64) * 2.0 ** -torch.arange(9).repeat_interleave(16)[:, None]
+    x[0, 0] = 1536.0  # a tensor scale of 1: block scales 1 ... 2^-8, E4M3's subnormal numbers included
+    cast = Cast(scale_rule=rule, square=square)
+    cases.compare(x.to(device), cast, CODES)
+    cases.compare(x.T.contiguous().to(device), None, NOTHING, cast, CODES)
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (5, 0), (0, 0)], ids=str)
