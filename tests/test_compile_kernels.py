@@ -80,6 +80,18 @@ def test_it_decodes_where_there_is_no_fp4():
         assert f"fp4_matmul_dot_scaled sm_{arch}: skipped: written for sm_90 and later" in output
 
 
+def test_casts_to_codes_compile_to_conversion_instructions():
+    status, output = compile_kernels("--arch", 90, 100, 120, "--kernel", "cast_*_cvt_r?")
+    assert status == 0, output
+    for name, arch, result in re.findall(r"^(cast_\w+) sm_(\d+): (.*)$", output, re.M):
+        if arch == "90" or (arch == "120" and name.endswith("rs")):
+            assert result.startswith("skipped: written for sm_100")
+        else:
+            kind = "rn.satfinite.e2m1x2" if name.endswith("rn") else "rs.satfinite.e2m1x4"
+            assert re.search(rf"cvt\.{re.escape(kind)}\.f32 ×\d+", result)
+    assert len(re.findall("^cast_", output, re.M)) == 18
+
+
 def test_a_crash_takes_one_kernel_and_the_rest_is_reported(tmp_path):
     (tmp_path / "some_kernels").mkdir()
     (tmp_path / "some_kernels" / "__init__.py").touch()

@@ -66,15 +66,16 @@ def processors(device: torch.device) -> int:
 def hardware(device: torch.device) -> int:
     """Which instructions of conversion.py the casts use on a device. None but on NVIDIA's sm_100 and sm_120 families.
 
-    Those that round stochastically only where there are some (compute capability 10.x) and the environment has
+    Those that round stochastically only where there are some (sm_100 and sm_103) and the environment has
     HF_NVFP4_CVT_RS=1 at the first cast: fewer instructions, but a seed then gives other bits than on other devices.
     """
     if device.type != "cuda" or INTERPRETED or torch.version.cuda is None:
         return NONE
-    family = torch.cuda.get_device_capability(device)[0]
-    if family not in (10, 12):
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] not in (10, 12):
         return NONE
-    return STOCHASTIC if family == 10 and os.environ.get("HF_NVFP4_CVT_RS") == "1" else TO_NEAREST
+    stochastic = capability in ((10, 0), (10, 3)) and os.environ.get("HF_NVFP4_CVT_RS") == "1"
+    return STOCHASTIC if stochastic else TO_NEAREST
 
 
 class Launcher:
