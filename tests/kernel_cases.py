@@ -103,11 +103,15 @@ def assorted(m, k, dtype=torch.float32):
     return finite(x, dtype)
 
 
+# NaN with every bit of its significand set: integer arithmetic that rounds it carries it into the sign.
+NAN = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+
+
 def with_non_finite(x):
     """x with a NaN, an inf and a -inf in every 50 rows or fewer."""
     x = x.clone()
     m, k = x.shape
-    for row, value in ((0, float("nan")), (m // 2, float("inf")), (m - 1, -float("inf"))):
+    for row, value in ((0, NAN), (m // 2, float("inf")), (m - 1, -float("inf"))):
         x[row::50, torch.randint(k, ())] = value
     return x
 

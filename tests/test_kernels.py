@@ -47,6 +47,7 @@ def test_outputs_are_poisoned_before_a_kernel_writes(device, dtype):
 def test_every_output_of_every_cast_equals_the_reference(device, cast):
     x = cases.assorted(41, 80)
     if not cast.block_format.tensor_scale:  # there the rest of the tensor survives
+        x[4::9] = torch.randn(x[4::9].shape) * 1e-38  # and the smallest scales come up, 2^-127 too
         x = cases.with_non_finite(x)
     x, on = x.to(device), torch.device("cpu")
     outputs = [(VALUES, CODES), (CODES, VALUES), (CODES_ACROSS, CODES_ACROSS)]
