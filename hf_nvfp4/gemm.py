@@ -31,7 +31,8 @@ def backend_name(name: str, recipe: Recipe, device: torch.device) -> str:
     reasons = "; ".join(f"backend {candidate!r} {reason}" for candidate, reason in refusals.items())
     fitting = [other for other, module in BACKENDS.items() if module.supports(recipe, device) is None]
     advice = f"Use backend={fitting[0]!r}." if fitting else "Move the model to another device."
-    raise ValueError(f"recipe {recipe.name!r} does not run on {device}: {reasons}. {advice}")
+    gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    raise ValueError(f"recipe {recipe.name!r} does not run on {device}{gpu}: {reasons}. {advice}")
 
 
 def backend_for(name: str, recipe: Recipe, device: torch.device) -> ModuleType:

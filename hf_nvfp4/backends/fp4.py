@@ -70,16 +70,13 @@ def unfit(recipe: Recipe) -> str | None:
 
 def supports(recipe: Recipe, device: torch.device) -> str | None:
     """Recipes of NVFP4 and BF16 GEMMs, on GPUs with FP4 tensor cores."""
-    if reason := unfit(recipe):
-        return reason
     wanted = "needs compute capability 10.0 or 12.0"
     if device.type != "cuda" or not torch.version.cuda:
         return f"{wanted} (an NVIDIA GPU of the Blackwell generation)"
-    capability = torch.cuda.get_device_capability(device)
-    if capability not in CAPABILITIES:
-        major, minor = capability
-        return f"{wanted}; this GPU is {major}.{minor} ({torch.cuda.get_device_name(device)})"
-    return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) not in CAPABILITIES:
+        return f"{wanted}; this GPU is {major}.{minor}"
+    return unfit(recipe)
 
 
 def exactness(recipe: Recipe) -> str:

@@ -20,24 +20,28 @@ from hf_nvfp4.reference import QuantizedTensor, draw_seed, quantize_blocks, rota
 NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS = range(5)
 
 
-@functools.cache
 def spec(cast: Cast) -> str:
     """A cast as text that the kernels read."""
+    # Dynamo warns of caches that it looks through.
+    return _text(cast) if torch.compiler.is_compiling() else _cached_text(cast)
+
+
+def _text(cast: Cast) -> str:
     fmt = cast.block_format
-    scale = fmt.scale.name if isinstance(fmt.scale, Element) else fmt.scale or "none"
-    return str(
-        ops.Spec(
-            element=fmt.element.name,
-            block=fmt.block or 0,
-            scale=scale,
-            square=cast.square,
-            stochastic=cast.rounding == "stochastic",
-            hadamard=cast.hadamard,
-            headroom=cast.headroom,
-            per_row=cast.outer == "row",
-            scale_rule=cast.scale_rule,
-        )
+    return ops.spec_text(
+        fmt.element.name,
+        fmt.block or 0,
+        fmt.scale.name if isinstance(fmt.scale, Element) else fmt.scale or "none",
+        cast.square,
+        cast.rounding == "stochastic",
+        cast.hadamard,
+        cast.headroom,
+        cast.outer == "row",
+        cast.scale_rule,
     )
+
+
+_cached_text = functools.cache(_text)
 
 
 @dataclass
@@ -127,7 +131,8 @@ def _alone(x: Tensor, cast: Cast, keep: bool = False) -> Operand | QuantizedTens
     if is_plain(cast):
         return plain(x, cast)
     if cast.block_format.high_precision:
-        return Operand(quantize_blocks(x, cast).values().to(cast.block_format.element.dtype), None, cast)
+        blocks = quantize_blocks(x, cast)
+        return Operand(blocks.values().to(cast.block_format.element.dtype), blocks.tensor_scale, cast)
     known = cast
     if cast.hadamard:
         x, known = rotate(x, cast.hadamard), dataclasses.replace(cast, hadamard=0)

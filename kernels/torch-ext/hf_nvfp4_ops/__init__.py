@@ -2,6 +2,6 @@
 
 from .blas import unfit
 from .ops import amax, cast, dequantize, padded, scaled_matmul
-from .spec import Spec
+from .spec import Spec, spec_text
 
-__all__ = ["Spec", "amax", "cast", "dequantize", "padded", "scaled_matmul", "unfit"]
+__all__ = ["Spec", "amax", "cast", "dequantize", "padded", "scaled_matmul", "spec_text", "unfit"]

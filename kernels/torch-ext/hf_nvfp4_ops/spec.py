@@ -5,7 +5,6 @@ operator's arguments must be plain, so a Spec travels as text (`str(spec)`, `Spe
 """
 
 import functools
-import json
 import re
 from typing import NamedTuple
 
@@ -13,6 +12,18 @@ from typing import NamedTuple
 NAMESPACE = re.sub(r"\W", "_", __package__ or "hf_nvfp4_ops")
 ELEMENT_MAX = {"e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0}
 SCALES = ("e4m3", "e8m0", "float32", "none")
+
+
+# A field's value from its text, by the type of its default.
+_TYPES = {str: str, int: int, float: float, bool: lambda text: bool(int(text))}
+
+
+def spec_text(element, block, scale, square, stochastic, hadamard, headroom, per_row, scale_rule) -> str:
+    """A Spec's text from its fields. A function of its own, which Dynamo traces on every version of torch."""
+    return (
+        f"element={element} block={block} scale={scale} square={int(square)} stochastic={int(stochastic)} "
+        f"hadamard={hadamard} headroom={headroom} per_row={int(per_row)} scale_rule={scale_rule}"
+    )
 
 
 class Spec(NamedTuple):
@@ -38,16 +49,18 @@ class Spec(NamedTuple):
     scale_rule: str = "amax"
 
     def __str__(self) -> str:
-        return json.dumps(self._asdict(), separators=(",", ":"))
+        return spec_text(*self)
 
     @classmethod
     def parse(cls, text: str) -> "Spec":
-        """Inverse of `str`. Raises ValueError for what the kernels can't do."""
+        """Inverse of `str`. Raises ValueError for what is no Spec, and for what the kernels can't do."""
+        values = dict(part.partition("=")[::2] for part in text.split())
+        if tuple(values) != cls._fields:
+            raise ValueError(f"{text!r} is not the text of a Spec: {' '.join(f'{name}=…' for name in cls._fields)}")
         try:
-            spec = cls(**json.loads(text))
-        except (TypeError, json.JSONDecodeError) as error:
-            fields = ", ".join(cls._fields)
-            raise ValueError(f"{text!r} is not the text of a Spec, a JSON object of {fields}: {error}") from None
+            spec = cls(*(_TYPES[type(cls._field_defaults[name])](value) for name, value in values.items()))
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not the text of a Spec: {error}") from None
         spec.check()
         return spec
 
