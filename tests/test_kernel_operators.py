@@ -1,6 +1,5 @@
 """The kernels as operators of torch: in graphs and on backend bf16. Bits: test_kernels.py."""
 
-
 import pytest
 import torch
 from torch import nn
