@@ -226,3 +226,14 @@ def test_a_backend_that_does_not_fit_says_why(monkeypatch):
     with pytest.raises(ValueError, match="needs compute capability 8.0; this GPU is 7.5.*Use backend='reference'"):
         backend_name("bf16", RECIPES["nvfp4"], torch.device("cpu"))
     assert backend_name("auto", RECIPES["nvfp4"], torch.device("cpu")) == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_compiled_layer_has_the_gradients_of_an_eager_one(device, dtype, bias):
+    """In every compute dtype: torch 2.11 lost those of FP32 when the product was converted to what it was."""
+    layer = NVFP4Linear(64, 96, bias, recipe=NEAREST["rht"], device=device, dtype=dtype)
+    x, dy = torch.randn(33, 64, device=device, dtype=dtype), torch.randn(33, 96, device=device, dtype=dtype)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(run(compiled, x, dy)[:3], run(layer, x, dy)[:3], strict=True):
+        assert expected.any() and relative(got, expected) < 1e-6

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hf_nvfp4.backends.operand import Operand, is_plain, plain, transposed
+from hf_nvfp4.backends.operand import Operand, is_plain, plain, rounded, transposed
 from hf_nvfp4.formats import BlockFormat, Element
 from hf_nvfp4.recipes import Cast, Recipe
 from hf_nvfp4.reference import QuantizedTensor, pack, prepare, quantize_rows
@@ -113,7 +113,7 @@ def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
         product = product * a.scale
     if b.scale is not None:
         product = product * (b.scale.T if b.scale.dim() else b.scale)
-    return (product if bias is None else product + bias.float()).to(dtype)
+    return rounded(product if bias is None else product + bias.float(), dtype)
 
 
 def _unpacked(operand: Operand | QuantizedTensor) -> Operand:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
 
 from hf_nvfp4.backends import bf16
-from hf_nvfp4.backends.operand import transposed
+from hf_nvfp4.backends.operand import rounded, transposed
 from hf_nvfp4.formats import E2M1, E4M3
 from hf_nvfp4.recipes import Cast, Recipe
 from hf_nvfp4.reference import pack, quantize_blocks, rotate
@@ -204,4 +204,4 @@ def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
         product = product * a.tensor_scale
     if per_row[1]:
         product = product * b.tensor_scale.T
-    return (product if bias is None else product + bias.float()).to(dtype)
+    return rounded(product if bias is None else product + bias.float(), dtype)

@@ -45,3 +45,11 @@ def transposed(x: Tensor, cast: Cast) -> Tensor:
     """
     missing = -x.shape[0] % max(16, cast.hadamard)
     return (F.pad(x, (0, 0, 0, missing)) if missing else x).T
+
+
+def rounded(product: Tensor, dtype: torch.dtype) -> Tensor:
+    """A result in dtype, the very tensor if it has it.
+
+    torch 2.11's Dynamo loses the gradients of an autograd.Function that returns `t.to(t.dtype)`: they are zeros.
+    """
+    return product if product.dtype == dtype else product.to(dtype)

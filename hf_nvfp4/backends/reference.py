@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_nvfp4.backends.operand import Operand, is_plain, plain, transposed
+from hf_nvfp4.backends.operand import Operand, is_plain, plain, rounded, transposed
 from hf_nvfp4.recipes import Cast, Recipe
 from hf_nvfp4.reference import QuantizedTensor, pack, quantize_blocks
 
@@ -38,4 +38,4 @@ def _cast(x: Tensor, cast: Cast) -> QuantizedTensor | Operand:
 def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """[M, K] @ [N, K].T in float64, rounded once to dtype."""
     product = a.dequantize(torch.float64) @ b.dequantize(torch.float64).T
-    return (product if bias is None else product + bias.double()).to(dtype)
+    return rounded(product if bias is None else product + bias.double(), dtype)
