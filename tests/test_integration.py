@@ -226,11 +226,13 @@ def test_a_model_compiles_to_one_graph(llama_config, device):
 
     model = AutoModelForCausalLM.from_config(llama_config).to(device)
     quantize_model(model, NVFP4TrainingConfig(keep_bf16_last=0))
-    loss, gradients = loss_and_gradients(model)
-    compiled_loss, compiled = loss_and_gradients(model, torch.compile(model, fullgraph=True, backend="aot_eager"))
+    # In FP32: under autocast torch 2.11 rounds attention elsewhere if compiled, which moves codes.
+    loss, gradients = loss_and_gradients(model, autocast=None)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled_loss, compiled = loss_and_gradients(model, compiled, autocast=None)
     assert torch.allclose(loss, compiled_loss, rtol=1e-3)
-    for name in gradients:
-        assert (gradients[name] - compiled[name]).norm() < 0.35 * gradients[name].norm(), name
+    for name in gradients:  # the same draws of stochastic rounding; others would be 0.2 to 0.35 off
+        assert (gradients[name] - compiled[name]).norm() < 0.1 * gradients[name].norm(), name
 
 
 def test_fp16_autocast_trains_with_a_loss_scaler(build, device):
