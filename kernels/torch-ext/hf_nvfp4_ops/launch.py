@@ -79,7 +79,7 @@ def hardware(device: torch.device) -> int:
 
 
 class Launcher:
-    """A Triton kernel, launched in a third of the time that Triton's own call takes once a like one was made.
+    """A Triton kernel, launched without Triton's own binding of arguments once a like call was made.
 
     A compiled kernel depends on the constants, on the types of the tensors and whether they are 16-byte aligned, and
     on which integers are 1, multiples of 16, or beyond 32 bits: what Triton specializes for, and this looks up.
