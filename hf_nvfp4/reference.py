@@ -238,15 +238,8 @@ def quantize_blocks(x: Tensor, cast: Cast, generator: torch.Generator | None = N
 # ---------------------------------------------------------------------------- the public tensor
 
 @dataclass
-class QuantizedTensor:
-    """A quantized [M, K] tensor as it is stored, with blocks along K.
-
-    codes: uint8 [M, K/2] for 4-bit elements (even column in the low nibble), else [M, K].
-    scales: [M, ceil(K/block)], float8_e4m3fn for nvfp4, float8_e8m0fnu for mxfp4 and mxfp8, float32 for
-        fp8_e4m3_block; a square block's scale stands in every one of its rows. None for formats without any.
-    tensor_scale: float32 scalar, or [M, 1] with per-row scales.
-    The value of an element is (code × scale) × tensor_scale.
-    """
+class Packed:
+    """Codes and scales as some layout stores them; its class says which."""
 
     codes: Tensor
     scales: Tensor | None
@@ -255,8 +248,20 @@ class QuantizedTensor:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What a later `QuantizedTensor(*tensors, cast)` is made of."""
+        """What a later `type(self)(*tensors, cast)` is made of."""
         return self.codes, self.scales, self.tensor_scale
+
+
+@dataclass(repr=False)
+class QuantizedTensor(Packed):
+    """A quantized [M, K] tensor as it is stored, with blocks along K.
+
+    codes: uint8 [M, K/2] for 4-bit elements (even column in the low nibble), else [M, K].
+    scales: [M, ceil(K/block)], float8_e4m3fn for nvfp4, float8_e8m0fnu for mxfp4 and mxfp8, float32 for
+        fp8_e4m3_block; a square block's scale stands in every one of its rows. None for formats without any.
+    tensor_scale: float32 scalar, or [M, 1] with per-row scales.
+    The value of an element is (code × scale) × tensor_scale.
+    """
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_nvfp4.backends.bf16 import exactness, supports
-from hf_nvfp4.backends.operand import Operand, is_plain, plain, transposed
+from hf_nvfp4.backends.operand import Operand, finished, is_plain, plain, transposed
 from hf_nvfp4.recipes import Cast
 from hf_nvfp4.reference import QuantizedTensor, pack, prepare, quantize_rows
 from hf_nvfp4.rounding import draw_seed
@@ -75,9 +75,5 @@ def _values(cast: Cast, *tensors: Tensor | None) -> Tensor:
     return QuantizedTensor(*tensors, cast).values().bfloat16()
 
 
-def _epilogue(dtype: torch.dtype, product: Tensor, a_scale, b_scale, bias) -> Tensor:
-    if a_scale is not None:
-        product = product * a_scale
-    if b_scale is not None:
-        product = product * (b_scale.T if b_scale.dim() else b_scale)
-    return (product if bias is None else product + bias.float()).to(dtype)
+def _epilogue(dtype: torch.dtype, *product_scales_and_bias: Tensor | None) -> Tensor:
+    return finished(*product_scales_and_bias, dtype)

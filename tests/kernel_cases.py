@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from hf_nvfp4.ops import CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES
 from hf_nvfp4.ops.cast import _load_columns, _prepared, cast_kernel
 from hf_nvfp4.ops.launch import OPTIONS, Launcher, tile_for
 from hf_nvfp4.ops.spec import Plan, plan
 
 from hf_nvfp4 import Cast, ops, reference
 from hf_nvfp4.backends import kernels
-from hf_nvfp4.backends.kernels import CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES
 from hf_nvfp4.recipes import MX_SR_HEADROOM, SR_HEADROOM
 
 INTERPRETED = not isinstance(cast_kernel, triton.runtime.JITFunction)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hf_nvfp4.backends.operand import Operand, is_plain, plain, rounded, transposed
+from hf_nvfp4.backends.operand import Operand, finished, is_plain, plain, transposed
 from hf_nvfp4.formats import BlockFormat, Element
 from hf_nvfp4.recipes import Cast, Recipe
 from hf_nvfp4.reference import QuantizedTensor, pack, prepare, quantize_rows
@@ -108,12 +108,7 @@ def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
         return a.values @ b.values.T if bias is None else torch.addmm(bias.to(dtype), a.values, b.values.T)
     if _use_kernels(a.values) and (product := kernels.multiply(a, b, dtype, bias)) is not None:
         return product
-    product = _matmul_fp32(a.values, b.values)
-    if a.scale is not None:
-        product = product * a.scale
-    if b.scale is not None:
-        product = product * (b.scale.T if b.scale.dim() else b.scale)
-    return rounded(product if bias is None else product + bias.float(), dtype)
+    return finished(_matmul_fp32(a.values, b.values), a.scale, b.scale, bias, dtype)
 
 
 def _unpacked(operand: Operand | QuantizedTensor) -> Operand:

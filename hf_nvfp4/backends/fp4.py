@@ -9,7 +9,6 @@ stochastic rounding by hardware where the environment has HF_NVFP4_CVT_RS=1. Com
 hardware.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
 
 from hf_nvfp4.backends import bf16
-from hf_nvfp4.backends.operand import rounded, transposed
+from hf_nvfp4.backends.operand import finished, transposed
 from hf_nvfp4.formats import E2M1, E4M3
 from hf_nvfp4.recipes import Cast, Recipe
-from hf_nvfp4.reference import pack, quantize_blocks, rotate
+from hf_nvfp4.reference import Packed, pack, quantize_blocks
 
 CAPABILITIES = ((10, 0), (12, 0))
 # cuBLAS wants rows of codes in multiples of 16 bytes (K: 32), torch rows of the result in multiples of 16 (N).
@@ -33,23 +32,13 @@ RESULTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass
-class Operand:
+class Operand(Packed):
     """A quantized [M, K] operand.
 
     codes: uint8 [M, K/2], the even column in the low nibble, zero columns up to a multiple of 32.
     scales: float8_e4m3fn [M, K/16], zeros up to multiples of 128 and 4, swizzled.
     tensor_scale: FP32 scalar, or [M, 1] with per-row scales.
     """
-
-    codes: Tensor
-    scales: Tensor
-    tensor_scale: Tensor
-    cast: Cast
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What a later `Operand(*tensors, cast)` is made of."""
-        return self.codes, self.scales, self.tensor_scale
 
 
 # ---------------------------------------------------------------------------- what runs here
@@ -113,20 +102,13 @@ def _quantize_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[list[
     kernels = bf16.kernels if x.device.type in bf16.KERNEL_DEVICES else None
     if kernels is None:
         return row and _quantize(x, row), col and _quantize(transposed(x, col), col)
+    layout, nothing = kernels.ops.CODES_SWIZZLED, kernels.ops.NOTHING
     if row is not None and (row.hadamard or row.outer == "row"):
-        return _kernel_row(kernels, x, row), _quantize_both(x, None, col)[1]
+        return kernels.quantize_rows(x, row, layout), _quantize_both(x, None, col)[1]
     if col is not None and (col.hadamard > 16 or col.outer == "row"):
-        return _quantize_both(x, row, None)[0], _kernel_row(kernels, transposed(x, col), col)
-    layout, nothing = kernels.CODES_SWIZZLED, kernels.NOTHING
+        return _quantize_both(x, row, None)[0], kernels.quantize_rows(transposed(x, col), col, layout)
     out = kernels.quantize(x, row, layout if row else nothing, col, layout if col else nothing)
     return row and out[:3], col and out[3:]
-
-
-def _kernel_row(kernels, x: Tensor, cast: Cast) -> list[Tensor]:
-    """x along its last dimension, its rotation left to PyTorch."""
-    if cast.hadamard:
-        x, cast = rotate(x, cast.hadamard), dataclasses.replace(cast, hadamard=0)
-    return kernels.quantize(x.contiguous(), cast, kernels.CODES_SWIZZLED, None, kernels.NOTHING)[:3]
 
 
 def _operand(tensors: list[Tensor], cast: Cast) -> Operand:
@@ -200,8 +182,5 @@ def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     one = torch.ones((), device=a.codes.device)
     inner = [one if rows else x.tensor_scale for x, rows in zip((a, b), per_row, strict=True)]
     product = _scaled_mm(a.codes, a.scales, inner[0], b.codes, b.scales, inner[1], torch.float32)
-    if per_row[0]:
-        product = product * a.tensor_scale
-    if per_row[1]:
-        product = product * b.tensor_scale.T
-    return rounded(product if bias is None else product + bias.float(), dtype)
+    outer = [x.tensor_scale if rows else None for x, rows in zip((a, b), per_row, strict=True)]
+    return finished(product, *outer, bias, dtype)

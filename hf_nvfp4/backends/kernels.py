@@ -14,10 +14,9 @@ from torch import Tensor
 from hf_nvfp4 import ops
 from hf_nvfp4.backends.operand import Operand, is_plain, plain, transposed
 from hf_nvfp4.formats import Element
+from hf_nvfp4.ops import CODES, CODES_ACROSS, NOTHING, VALUES
 from hf_nvfp4.recipes import Cast
-from hf_nvfp4.reference import QuantizedTensor, draw_seed, quantize_blocks, rotate
-
-NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS = range(5)
+from hf_nvfp4.reference import Packed, QuantizedTensor, draw_seed, quantize_blocks, rotate
 
 
 def spec(cast: Cast) -> str:
@@ -45,21 +44,11 @@ _cached_text = functools.cache(_text)
 
 
 @dataclass
-class Kept:
+class Kept(Packed):
     """xᵀ [K, M] saved for backward: codes uint8 [M/16, K, 2·bits], block scales [M/block, K], FP32 scale above them.
 
     It lies in memory as x does, so that neither writing nor reading it transposes.
     """
-
-    codes: Tensor
-    scales: Tensor | None
-    tensor_scale: Tensor
-    cast: Cast
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What a later `Kept(*tensors, cast)` is made of."""
-        return self.codes, self.scales, self.tensor_scale
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[K, M] with all scales multiplied out, in dtype."""
@@ -84,6 +73,13 @@ def quantize(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_ou
     out = ops.cast(x, amax, *seeds, texts[0], row_out, texts[1], col_out)
     split = _written(row, row_out)
     return [*_three(out[:split], row), *_three(out[split:], col)]
+
+
+def quantize_rows(x: Tensor, cast: Cast, how: int) -> list[Tensor | None]:
+    """`quantize` of one orientation: x along its last dimension, its rotation left to PyTorch."""
+    if cast.hadamard:
+        x, cast = rotate(x, cast.hadamard), dataclasses.replace(cast, hadamard=0)
+    return quantize(x.contiguous(), cast, how, None, NOTHING)[:3]
 
 
 def _written(cast: Cast | None, how: int) -> int:
@@ -133,11 +129,8 @@ def _alone(x: Tensor, cast: Cast, keep: bool = False) -> Operand | QuantizedTens
     if cast.block_format.high_precision:
         blocks = quantize_blocks(x, cast)
         return Operand(blocks.values().to(cast.block_format.element.dtype), blocks.tensor_scale, cast)
-    known = cast
-    if cast.hadamard:
-        x, known = rotate(x, cast.hadamard), dataclasses.replace(cast, hadamard=0)
-    out = quantize(x.contiguous(), known, CODES if keep else VALUES, None, NOTHING)
-    return packed(*out[:3], cast) if keep else Operand(out[0], out[2], cast)
+    out = quantize_rows(x, cast, CODES if keep else VALUES)
+    return packed(*out, cast) if keep else Operand(out[0], out[2], cast)
 
 
 def _alone_transposed(x: Tensor, cast: Cast, keep: bool) -> Operand | QuantizedTensor:

@@ -47,6 +47,15 @@ def transposed(x: Tensor, cast: Cast) -> Tensor:
     return (F.pad(x, (0, 0, 0, missing)) if missing else x).T
 
 
+def finished(product: Tensor, scale_a: Tensor | None, scale_b: Tensor | None, bias: Tensor | None, dtype: torch.dtype):
+    """An FP32 product [M, N] times its operands' scales + bias, in dtype. Scales: scalar, one a row, or None for 1."""
+    if scale_a is not None:
+        product = product * scale_a
+    if scale_b is not None:
+        product = product * (scale_b.T if scale_b.dim() else scale_b)
+    return rounded(product if bias is None else product + bias.float(), dtype)
+
+
 def rounded(product: Tensor, dtype: torch.dtype) -> Tensor:
     """A result in dtype, the very tensor if it has it.
 

@@ -2,6 +2,20 @@
 
 from .blas import unfit
 from .ops import amax, cast, dequantize, padded, scaled_matmul
-from .spec import Spec, spec_text
+from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, Spec, spec_text
 
-__all__ = ["Spec", "amax", "cast", "dequantize", "padded", "scaled_matmul", "spec_text", "unfit"]
+__all__ = [
+    "CODES",
+    "CODES_ACROSS",
+    "CODES_SWIZZLED",
+    "NOTHING",
+    "VALUES",
+    "Spec",
+    "amax",
+    "cast",
+    "dequantize",
+    "padded",
+    "scaled_matmul",
+    "spec_text",
+    "unfit",
+]

@@ -22,15 +22,11 @@ from .numerics import (
     round_magnitude,
     scale_above,
     signed_code,
+    swizzled_at,
     to_bf16,
     to_fp32,
     with_sign,
 )
-
-# What an orientation writes: BF16 values, or codes and scales; SWIZZLED: the scales as FP4 tensor cores want them;
-# ACROSS: codes and scales of 16 neighbours together, block after block, as x lies in memory.
-NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS = range(5)
-
 
 # ---------------------------------------------------------------------------- tiles from memory and back
 
@@ -153,10 +149,7 @@ def _store_scales(ptr, code, rows, groups, M, K, BLOCK: tl.constexpr, OUT: tl.co
     across = tl.cdiv(K, BLOCK)
     first = (groups % along == 0) & (groups // along < across)
     if OUT == 3:
-        # Tiles of 128 rows × 4 blocks, 512 bytes each: 32 rows of 4 quarters of 4 blocks.
-        block = groups // along
-        tile = (rows // 128)[:, None].to(tl.int64) * tl.cdiv(across, 4) + (block // 4)[None, :]
-        at = tile * 512 + ((rows % 32) * 16 + (rows % 128) // 32 * 4)[:, None] + (block % 4)[None, :]
+        at = swizzled_at(rows, groups // along, tl.cdiv(across, 4))
     else:
         at = scales_at(rows, groups, M, K, BLOCK, OUT == 4)
     tl.store(ptr + at, code.to(ptr.dtype.element_ty), mask=(rows < M)[:, None] & first[None, :])

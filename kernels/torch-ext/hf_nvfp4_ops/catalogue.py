@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from .cast import CODES, CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, amax_kernel, cast_kernel
+from .cast import amax_kernel, cast_kernel
 from .conversion import NONE, STOCHASTIC, TO_NEAREST
 from .dequantize import dequantize_kernel, factors_kernel
 from .launch import OPTIONS, tile_for, tile_for_values
-from .spec import Plan, Spec, plan
+from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, Plan, Spec, plan
 from .variants import Variant
 
 _NVFP4 = Spec()

@@ -7,13 +7,13 @@ every scale for E8M0, its dot multiplies BF16 as integers): there the operands a
 Compiled, and its layout checked; not yet run on a GPU with FP4 tensor cores.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on
+from .numerics import swizzled_at
 from .spec import NAMESPACE
 from .variants import Variant
 
@@ -59,15 +59,6 @@ def _dot(a, b, product, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
-def _scale_offsets(rows, blocks, padded_blocks):
-    """Where the scale of (row, block) lies among tiles of 128 × 4, each stored as 32 × 4 × 4 (row % 32 outermost)."""
-    tile = (rows // 128).to(tl.int64) * (padded_blocks // 4)
-    by_row = tile * 512 + rows % 32 * 16 + rows % 128 // 32 * 4
-    by_block = blocks // 4 * 512 + blocks % 4
-    return by_row[:, None] + by_block[None, :]
-
-
-@triton.jit
 def _fp4_matmul(
     a_ptr, a_scale_ptr, a_outer_ptr, b_ptr, b_scale_ptr, b_outer_ptr, bias_ptr, y_ptr, m, n, k_bytes, padded_blocks,
     PRODUCTS: tl.constexpr, A_OUTER_ROWS: tl.constexpr, B_OUTER_ROWS: tl.constexpr, BIAS: tl.constexpr,
@@ -94,8 +85,8 @@ def _fp4_matmul(
         b = tl.load(b_ptr + b_at, mask=(rows_b < n)[:, None] & in_k, other=0)
         # Scales are padded to whole tiles of rows, of blocks only to a multiple of 4.
         has_scale = (block < padded_blocks)[None, :]
-        a_scale = tl.load(a_scale_ptr + _scale_offsets(rows_a, block, padded_blocks), mask=has_scale, other=0)
-        b_scale = tl.load(b_scale_ptr + _scale_offsets(rows_b, block, padded_blocks), mask=has_scale, other=0)
+        a_scale = tl.load(a_scale_ptr + swizzled_at(rows_a, block, padded_blocks // 4), mask=has_scale, other=0)
+        b_scale = tl.load(b_scale_ptr + swizzled_at(rows_b, block, padded_blocks // 4), mask=has_scale, other=0)
         if PRODUCTS == "fp4":
             a_scale = a_scale.to(tl.float8e4nv, bitcast=True)
             b_scale = b_scale.to(tl.float8e4nv, bitcast=True)
@@ -188,7 +179,7 @@ def fp4_matmul(
     products = _products(a.device)
     if not tiles:
         return y
-    with torch.cuda.device(a.device) if a.is_cuda else contextlib.nullcontext():
+    with on(a.device):
         _fp4_matmul[(tiles,)](
             a, a_scales.view(torch.uint8), a_outer, b, b_scales.view(torch.uint8), b_outer, bias, y,
             m, n, a.shape[1], _padded_blocks(a.shape[1]),

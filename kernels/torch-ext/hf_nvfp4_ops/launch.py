@@ -1,5 +1,6 @@
 """How a kernel is launched: tiles that hold whole blocks, the number of warps, and quickly."""
 
+import contextlib
 import functools
 import os
 from typing import NamedTuple
@@ -54,6 +55,13 @@ def tile_for(row: Plan, col: Plan) -> Tile:
 def tile_for_values(across: bool) -> tuple[int, int, int]:
     """R, B and the number of warps to dequantize with."""
     return (256, 1, 4) if across else (32, 8, 4)
+
+
+def on(device: torch.device):
+    """Make a GPU the current one, if it is not."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 @functools.cache

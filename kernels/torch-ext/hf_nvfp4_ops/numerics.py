@@ -89,6 +89,18 @@ def dither(word, G: tl.constexpr):
     return bits.to(tl.float32, bitcast=True) - G.dither_centre
 
 
+# ---------------------------------------------------------------------------- addresses
+
+@triton.jit
+def swizzled_at(rows, blocks, tiles_across):
+    """Where tensor cores read the scale of (row, block): [R, B] offsets in bytes.
+
+    Tiles of 128 rows × 4 blocks, 512 bytes each: 32 rows of 4 quarters of 4 blocks.
+    """
+    tile = (rows // 128)[:, None].to(tl.int64) * tiles_across + (blocks // 4)[None, :]
+    return tile * 512 + (rows % 32 * 16 + rows % 128 // 32 * 4)[:, None] + (blocks % 4)[None, :]
+
+
 # ---------------------------------------------------------------------------- 16 neighbours
 
 @triton.jit

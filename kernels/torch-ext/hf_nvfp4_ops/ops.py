@@ -9,7 +9,6 @@ Specs travel as text, see spec.py. The operators' namespace is this package's na
 loaded. They are defined with torch.library.Library, whose calls cost half of custom_op's.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from . import blas
-from .cast import CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, amax_kernel, cast_kernel
+from .cast import amax_kernel, cast_kernel
 from .dequantize import dequantize_kernel, factors_kernel
-from .launch import INTERPRETED, Launcher, Tile, hardware, processors, tile_for, tile_for_values
-from .spec import NAMESPACE, Plan, plan
+from .launch import INTERPRETED, Launcher, Tile, hardware, on, processors, tile_for, tile_for_values
+from .spec import CODES_ACROSS, CODES_SWIZZLED, NAMESPACE, NOTHING, VALUES, Plan, plan
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AMAX, _CAST, _DEQUANTIZE, _FACTORS = map(Launcher, (amax_kernel, cast_kernel, dequantize_kernel, factors_kernel))
@@ -40,13 +39,6 @@ def _operator(schema: str, fake: Callable) -> Callable:
         return functools.wraps(function)(lambda *args: operator(*args))
 
     return decorate
-
-
-def _on(device: torch.device):
-    """Make a GPU the current one, if it is not."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def _check(x: Tensor) -> Tensor:
@@ -105,7 +97,7 @@ def amax(x: Tensor, row: bool, col_hadamard: int) -> Tensor:
         row_plan, col_plan, tile = _amax_plan(row, col_hadamard)
         m, k = x.shape
         grid = min(tile.count(m, k), 8 * processors(x.device))
-        with _on(x.device):
+        with on(x.device):
             constants = (row_plan, col_plan, tile.fits(m, k), *tile.shape)
             _AMAX(grid, (x, bits), (m, k, x.stride(0)), constants, tile.num_warps)
     if col_hadamard == 0:
@@ -202,7 +194,7 @@ def cast(
     row_outputs = _outputs(x, m, k, row_plan, row_out, False)
     col_outputs = _outputs(x, k, padded(m), col_plan, col_out, True)
     if x.numel():
-        with _on(x.device):
+        with on(x.device):
             tensors = (x, amax, row_seed, col_seed)
             tensors += (*_arguments(row_outputs, row_out, x), *_arguments(col_outputs, col_out, x))
             constants = (row_plan, row_out, col_plan, col_out, tile.fits(m, k), *tile.shape, hardware(x.device))
@@ -248,7 +240,7 @@ def dequantize(codes: Tensor, scales: Tensor | None, spec: str, across: bool) ->
     if out.numel():
         p, (R, B, num_warps) = plan(spec), tile_for_values(across)
         k, m = out.shape if across else out.shape[::-1]
-        with _on(codes.device):
+        with on(codes.device):
             constants = (p, across, m % R == 0 and k % (16 * B) == 0, R, B)
             tensors = (codes.contiguous().view(torch.int32), scales, out)
             _DEQUANTIZE(-(-m // R) * -(-k // (16 * B)), tensors, (m, k), constants, num_warps)
@@ -281,7 +273,7 @@ def scaled_matmul(
     if bias is not None:
         out.copy_(bias)
     factors = a.new_empty(2, dtype=torch.float32)
-    with _on(a.device):
+    with on(a.device):
         _FACTORS(1, (scale_a, scale_b, factors), (), (bias is not None,), 1)
         blas.matmul(a, b, factors, out)
     return out

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 # Of the operators: this package's own name, whatever it was loaded as.
 NAMESPACE = re.sub(r"\W", "_", __package__ or "hf_nvfp4_ops")
+# What an orientation writes: BF16 values, or codes and scales; SWIZZLED: the scales as FP4 tensor cores want them;
+# ACROSS: codes and scales of 16 neighbours together, block after block, as x lies in memory.
+NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS = range(5)
 ELEMENT_MAX = {"e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0}
 SCALES = ("e4m3", "e8m0", "float32", "none")
 
@@ -84,23 +87,12 @@ class Spec(NamedTuple):
         if self.square and (self.hadamard or self.per_row):
             raise ValueError("square blocks are the same along both dimensions; rotations and row scales are not")
 
-    @property
-    def bits(self) -> int:
-        """Bits of one code."""
-        return 4 if self.element == "e2m1" else 8
-
-    @property
-    def tensor_scale(self) -> bool:
-        """Whether the FP32 scale above the blocks follows from the data."""
-        return self.scale in ("e4m3", "none")
-
 
 class Grid(NamedTuple):
     """A small float's rounding in FP32 arithmetic: adding `magic` × (power of two) rounds to its step."""
 
     max: float
     min_normal: float
-    mantissa: int
     magic: float
     dither_bits: int  # FP32 bits of 128 steps, in units of the power of two
     dither_centre: float
@@ -117,7 +109,6 @@ def _grid(exponent_bits: int, mantissa: int, largest: float, nan_code: int) -> G
     return Grid(
         max=largest,
         min_normal=2.0**smallest,
-        mantissa=mantissa,
         # 1.5, so that a negative number added to it stays in the same binade.
         magic=1.5 * 2.0 ** (23 - mantissa),
         # 128 steps + byte / 256 of a step, the byte eight bits from the end; the centre is at 127.5 of 256.
