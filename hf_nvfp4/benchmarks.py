@@ -1,25 +1,47 @@
-"""What scripts/bench.py times: casts, a linear layer's forward and backward, a model's training step.
+"""What scripts/bench.py times of layers: casts, a linear layer's forward and backward, the bare products.
 
 And whether each is right: compared with backend `reference` from the same seed, at the shape that is timed. Knows
 neither clocks nor tables. The yardstick for all is the plain PyTorch of yardstick.py.
 """
 
-import argparse
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import hf_nvfp4
 from hf_nvfp4 import yardstick
 from hf_nvfp4.backends import BACKENDS, reference
 from hf_nvfp4.gemm import backend_name
 from hf_nvfp4.linear import NVFP4Linear, quantized_linears
-from hf_nvfp4.recipes import Cast, Recipe
-from hf_nvfp4.sizes import SIZES
+from hf_nvfp4.recipes import Cast, Recipe, get_recipe
 
 SEED = 1
 YARDSTICK = "inductor"
+# Backends whose products run on FP8 tensor cores.
+ON_FP8 = ("fp8", "fp8_rounded")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe on a backend (a key of BACKENDS), and the name that its rows have."""
+
+    name: str
+    recipe: Recipe
+    backend: str
+
+    @classmethod
+    def parse(cls, text: str, backend: str, device: torch.device) -> "Variant":
+        """text: "recipe" or "recipe@backend"; backend: where the text names none.
+
+        Raises:
+            ValueError: an unknown name, or a backend that does not run the recipe on the device.
+        """
+        name, _, own = text.partition("@")
+        recipe = get_recipe(name)
+        return cls(text, recipe, backend_name(own or backend, recipe, device))
 
 
 # ---- Casts ---------------------------------------------------------------------------------------------
@@ -51,9 +73,9 @@ class Call:
         first, last = self.casts[0], self.casts[-1]
         return Recipe(str(self), (first, first), (first, first), (last, last))
 
-    def traffic(self, x: Tensor, operands: tuple) -> tuple[int, int]:
+    def traffic(self, x: Tensor, operands: tuple, amax_given: bool = False) -> tuple[int, int]:
         """Bytes that casting x reads (twice where a tensor scale needs an amax first) and writes."""
-        reads = 2 if any(cast.block_format.tensor_scale for cast in self.casts) else 1
+        reads = 2 if not amax_given and any(cast.block_format.tensor_scale for cast in self.casts) else 1
         tensors = [t for operand in operands if operand is not None for t in operand.tensors if t is not None]
         return reads * x.nbytes, sum(t.nbytes for t in tensors)
 
@@ -92,16 +114,44 @@ def layer_calls(recipe: Recipe) -> dict[str, Call]:
     return {k: call for k, call in calls.items() if not all(c.block_format.high_precision for c in call.casts)}
 
 
-# ---- Layers and models ---------------------------------------------------------------------------------
+# ---- Layers --------------------------------------------------------------------------------------------
+
+
+class GivenAmax(TorchDispatchMode):
+    """Within it the kernels' operator `amax` runs once; later steps are given what it found.
+
+    So a step's casts read their tensors once, as if each tensor scale were known beforehand. That is the most that
+    scales from an earlier step's amax could save. A step asks in the same order each time, and so is answered.
+    """
+
+    def __init__(self):
+        # Not at the top: the package imports where Triton is not installed.
+        from hf_nvfp4.ops.spec import NAMESPACE
+
+        super().__init__()
+        self.operator, self.found, self.next = f"{NAMESPACE}::amax", [], 0
+
+    def __enter__(self):
+        self.next = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() != self.operator:
+            return func(*args, **(kwargs or {}))
+        if self.next == len(self.found):
+            self.found.append(func(*args))
+        self.next += 1
+        return self.found[self.next - 1]
 
 
 @dataclass(frozen=True)
 class Step:
-    """Forward and backward of one linear layer without bias."""
+    """Forward and backward of one linear layer without bias, within a context."""
 
-    layer: nn.Linear
+    layer: nn.Module
     x: Tensor
     dy: Tensor
+    around: contextlib.AbstractContextManager = contextlib.nullcontext()
 
     @classmethod
     def of_linear(cls, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> "Step":
@@ -119,7 +169,19 @@ class Step:
         sizes = self.x.shape[1], self.dy.shape[1]
         layer = NVFP4Linear(*sizes, bias=False, device="meta", recipe=recipe, backend=backend)
         layer.weight = self.layer.weight
-        return Step(layer, self.x, self.dy)
+        return replace(self, layer=layer)
+
+    def with_torchao(self, recipe: str) -> "Step":
+        """The same by torchao's Float8Linear, compiled as it is meant to be, with the same weight."""
+        return replace(self, layer=torch.compile(to_torchao(self.layer, recipe), dynamic=False))
+
+    def with_amax_given(self) -> "Step":
+        """The same with each tensor's amax known beforehand. Raises ValueError if no kernel is asked for one."""
+        step = replace(self, around=GivenAmax())
+        step()
+        if not step.around.found:
+            raise ValueError("this layer asks the kernels for no amax: none can be given")
+        return step
 
     def forward(self) -> Tensor:
         """y; under BF16 autocast if the weight is FP32."""
@@ -131,46 +193,54 @@ class Step:
         """Drop the gradients."""
         self.x.grad = self.layer.weight.grad = None
 
-    def __call__(self) -> None:
+    def __call__(self) -> Tensor:
+        """y; x and the weight have their gradients."""
         self.clear()
-        self.forward().backward(self.dy)
+        with self.around:
+            y = self.forward()
+            y.backward(self.dy)
+        return y.detach()
 
     def results(self) -> dict[str, Tensor]:
         """y, dx and dw from the seed of every check."""
         torch.manual_seed(SEED)
-        self.clear()
-        y = self.forward()
-        y.backward(self.dy)
-        return {"y": y.detach(), "dx": self.x.grad, "dw": self.layer.weight.grad}
+        return {"y": self()} | self.gradients
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """dx and dw as the last step left them."""
+        return {"dx": self.x.grad, "dw": self.layer.weight.grad}
 
 
-class TrainingStep:
-    """A step of a model of `SIZES`: FP32 weights, BF16 autocast, fused AdamW, random tokens."""
+def to_torchao(module: nn.Module, recipe: str, names: set[str] | None = None) -> nn.Module:
+    """Linears become torchao's Float8Linear with the same weights; the module, or what replaces a single linear.
 
-    def __init__(self, args: argparse.Namespace, recipe: Recipe | None):
-        """args: bench.py's. recipe: None leaves every nn.Linear as it is."""
-        from transformers import AutoModelForCausalLM
+    recipe: one of torchao's, "tensorwise" or "rowwise". names: of the linears to convert; None: all.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-        size, self.device = SIZES[args.size], args.device
-        torch.manual_seed(SEED)
-        with args.device:
-            config = size.config(size.vocabulary, args.sequence_length, {})
-            self.network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            self.ids = torch.randint(size.vocabulary, (args.batch, args.sequence_length))
-        if recipe:
-            hf_nvfp4.quantize_model(self.network, hf_nvfp4.NVFP4TrainingConfig(recipe=recipe, backend=args.backend))
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-4, fused=self.device.type == "cuda")
-        if args.compile:
-            self.network.compile()
+    def chosen(_, name: str) -> bool:
+        return names is None or name in names
 
-    def __call__(self) -> Tensor:
-        """The loss, on the device."""
-        with torch.autocast(self.device.type, torch.bfloat16):
-            loss = self.network(input_ids=self.ids, labels=self.ids, use_cache=False).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
+    config = Float8LinearConfig.from_recipe_name(recipe)
+    return convert_to_float8_training(module, module_filter_fn=chosen, config=config)
+
+
+def fp8_products(shape: tuple[int, int, int], device: torch.device) -> Callable:
+    """The three products of a layer of tokens, in, out = shape on FP8 tensor cores, their operands cast beforehand."""
+    t, k, n = shape
+
+    def operand(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=device).to(torch.float8_e4m3fn)
+
+    # y = x wᵀ, dx = dy w, dw = dyᵀ x: every operand contiguous along what is summed over.
+    pairs = [(operand(m, c), operand(o, c)) for m, o, c in ((t, n, k), (t, k, n), (n, k, t))]
+    one = torch.ones((), device=device)
+
+    def run() -> list[Tensor]:
+        return [torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16) for a, b in pairs]
+
+    return run
 
 
 # ---- Correct first -------------------------------------------------------------------------------------
@@ -189,6 +259,22 @@ def check_close(name: str, found: Tensor, expected: Tensor, tolerance: float) ->
     return error
 
 
+# Relative errors in the 2-norm that are still right: operands, then y, dx and dw. Another seed would be 1e-1.
+TOLERANCES = {
+    "exact": (0.0, 2e-3),  # the order of summation differs, and where that moves a value across a rounding boundary
+    "bf16": (2**-8, 1e-2),
+    "fp8_rounded": (4e-2, 6e-2),  # E4M3 errs by up to 1/16
+    "yardstick": (2e-2, 2e-2),  # another code here and there
+}
+# torchao's formats against BF16: two operands of E4M3 or E5M2 each.
+TORCHAO_TOLERANCE = 1e-1
+
+
+def tolerances(backend, exact: bool) -> tuple[float, float]:
+    """Those of a backend's module."""
+    return TOLERANCES["exact"] if exact else TOLERANCES.get(backend.__name__.rpartition(".")[2], TOLERANCES["bf16"])
+
+
 def check_cast(backend, call: Call, x: Tensor) -> str:
     """How well a cast's operands agree with the reference's, from the same seed. Raises Wrong."""
     torch.manual_seed(SEED)
@@ -196,6 +282,7 @@ def check_cast(backend, call: Call, x: Tensor) -> str:
     torch.manual_seed(SEED)
     expected = call(reference, x)
     exact, worst = backend.exactness(call.recipe).startswith("exact"), 0.0
+    tolerance = tolerances(backend, exact)[0]
     for side, mine, its in zip(("row", "column"), found, expected, strict=True):
         if its is None:
             continue
@@ -203,35 +290,47 @@ def check_cast(backend, call: Call, x: Tensor) -> str:
             return "not compared: operands of this backend cannot be dequantized"
         mine, its = mine.dequantize(torch.float64), its.dequantize(torch.float64)
         if not exact:
-            worst = max(worst, check_close(f"{side} operand", mine, its, 2**-8))
+            worst = max(worst, check_close(f"{side} operand", mine, its, tolerance))
         elif differ := int((mine != its).sum()):
             raise Wrong(f"{side} operand: {differ:,} of {its.numel():,} values differ from backend reference")
     return "bit-exact" if exact else f"within {worst:.1e}"
 
 
 def check_step(step: Step, expected: dict[str, Tensor]) -> dict:
-    """The entries of a row that say how right a layer is, and which bytes its casts move. Raises Wrong.
-
-    With exact operands only the order of summation differs, and where that moves a value across a rounding
-    boundary; the yardstick has another code here and there. Another seed would be 1e-1.
-    """
+    """The entries of a row that say how right a layer is, and which bytes its casts move. Raises Wrong."""
     recipe = step.layer.train_recipe
     name = backend_name(step.layer.backend, recipe, step.x.device)
     backend = BACKENDS[name]
-    exact = backend.exactness(recipe).startswith("exact")
-    tolerance = 2e-2 if backend is yardstick else 2e-3 if exact else 1e-2
-    found = step.results()
-    worst = max(check_close(key, found[key], expected[key], tolerance) for key in expected)
+    exact = backend is not yardstick and backend.exactness(recipe).startswith("exact")
+    worst = check_results(step.results(), expected, tolerances(backend, exact)[1])
     row = {"backend": name, "error_norm": worst, "check": f"within {worst:.1e}"}
     if backend is yardstick:
         return row
     row["cast_bytes"], checks = 0, set()
     weight = step.layer.weight.detach().to(torch.bfloat16)
+    amax_given = isinstance(step.around, GivenAmax)
     for tensor, call in layer_calls(recipe).items():
         x = {"x": step.x.detach(), "dy": step.dy}.get(tensor, weight)
         checks.add(check_cast(backend, call, x))
-        row["cast_bytes"] += sum(call.traffic(x, call(backend, x)))
+        row["cast_bytes"] += sum(call.traffic(x, call(backend, x), amax_given))
     return row | {"check": row["check"] + (", casts bit-exact" if checks == {"bit-exact"} else "")}
+
+
+def check_results(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> float:
+    """The largest of the results' relative errors. Raises Wrong."""
+    return max(check_close(key, found[key], expected[key], tolerance) for key in found)
+
+
+def check_replay(step: Step, replay: Callable) -> None:
+    """Whether a captured step gives the gradients of the step itself, from the same seed. Raises Wrong.
+
+    Right after the capture: it left the graph's own gradients in place.
+    """
+    captured = step.gradients
+    torch.manual_seed(SEED)
+    replay()
+    found = {name: gradient.clone() for name, gradient in captured.items()}
+    check_results(found, step.results(), TOLERANCES["exact"][1])
 
 
 def check_linears(network: nn.Module, device: torch.device, tokens: int) -> dict:

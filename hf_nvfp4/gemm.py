@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hf_nvfp4.backends import BACKENDS
+from hf_nvfp4.backends import BACKENDS, BY_NAME_ONLY
 from hf_nvfp4.recipes import Cast, Recipe, unknown
 
 
@@ -23,13 +23,14 @@ def backend_name(name: str, recipe: Recipe, device: torch.device) -> str:
     """
     check_backend(name)
     refusals = {}
-    for candidate in BACKENDS if name == "auto" else (name,):
+    automatic = [candidate for candidate in BACKENDS if candidate not in BY_NAME_ONLY]
+    for candidate in automatic if name == "auto" else (name,):
         reason = BACKENDS[candidate].supports(recipe, device)
         if reason is None:
             return candidate
         refusals[candidate] = reason
     reasons = "; ".join(f"backend {candidate!r} {reason}" for candidate, reason in refusals.items())
-    fitting = [other for other, module in BACKENDS.items() if module.supports(recipe, device) is None]
+    fitting = [other for other in automatic if BACKENDS[other].supports(recipe, device) is None]
     advice = f"Use backend={fitting[0]!r}." if fitting else "Move the model to another device."
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     raise ValueError(f"recipe {recipe.name!r} does not run on {device}{gpu}: {reasons}. {advice}")

@@ -264,6 +264,10 @@ RN, RN_2D, SR = Cast(), Cast(square=True), Cast(rounding="stochastic")
 RN_H, SR_H = Cast(hadamard=16), Cast(rounding="stochastic", hadamard=16)
 SR_HEAD = Cast(rounding="stochastic", headroom=SR_HEADROOM)
 SR_H_HEAD = Cast(rounding="stochastic", headroom=SR_HEADROOM, hadamard=16)
+RN_FP8, RN_FP8_2D = Cast(scale_rule="fp8_exact"), Cast(square=True, scale_rule="fp8_exact")
+SR_FP8 = Cast(rounding="stochastic", scale_rule="fp8_exact")
+RN_FP8_H = Cast(hadamard=16, scale_rule="fp8_exact")
+SR_FP8_H = Cast(rounding="stochastic", hadamard=16, scale_rule="fp8_exact")
 FP8, FP8_2D = Cast("fp8_e4m3_block"), Cast("fp8_e4m3_block", square=True)
 E4M3_T, E5M2_T = Cast("fp8_e4m3"), Cast("fp8_e5m2")
 
@@ -288,6 +292,15 @@ for _recipe in (
         wgrad=(SR_H_HEAD, RN_H),
         keep_bf16_last=0.154,
         source=f"{_PAPER}, with 17/16 headroom for the gradients' scales, so that none saturates",
+    ),
+    Recipe(
+        "nvfp4_hopper",
+        fprop=(RN_FP8, RN_FP8_2D),
+        dgrad=(SR_FP8, RN_FP8_2D),
+        wgrad=(SR_FP8_H, RN_FP8_H),
+        keep_bf16_last=0.154,
+        source="this project's own: recipe nvfp4 with its block scales restricted to {1, 1.25, 1.5}·2^e, so that FP8 "
+        "tensor cores compute NVFP4 exactly; gradients' scales are rounded up, which makes them unbiased",
     ),
     # The first block and the last two of the paper's 52 stay in BF16: none in a model of fewer than 14 blocks.
     Recipe(

@@ -15,9 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_nvfp4.formats import CHOOSING_RULES, FLOAT32_MAX, Element
+from hf_nvfp4.formats import (
+    CHOOSING_RULES,
+    FLOAT32_MAX,
+    FP8_EXACT_BOUNDS,
+    FP8_EXACT_RANGE,
+    FP8_EXACT_SIGNIFICANDS,
+    Element,
+)
 from hf_nvfp4.recipes import Cast
-from hf_nvfp4.rounding import decode, dither_like, draw_seed, encode, pack_nibbles, rotate, round_to, unpack_nibbles
+from hf_nvfp4.rounding import decode, draw_seed, encode, pack_nibbles, random_bytes, rotate, round_to, unpack_nibbles
 
 # Where the rule may choose a larger scale than the amax's, the largest scale by amax is this, not E4M3's 448: room for
 # half as much again (384), or for five codes more (416).
@@ -29,6 +36,7 @@ BEST_OFFSETS = (0, -1, 5)
 _ERROR_UNIT = 2.0**12
 
 # ---------------------------------------------------------------------------- blocks
+
 
 @dataclass
 class Blocks:
@@ -86,6 +94,8 @@ def _two_level(x: Tensor, amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Ten
     element_max, scale_max = fmt.element.max, fmt.scale.max
     if cast.scale_rule in CHOOSING_RULES:
         scale_max = CHOOSING_SCALE_MAX
+    if cast.scale_rule == "fp8_exact":
+        scale_max = FP8_EXACT_RANGE[1]
     largest = element_max * scale_max / cast.headroom
     # A true division: `number / tensor` is number · (1 / tensor) in torch, which rounds twice.
     encode_scale = (torch.full_like(amax, largest) / amax).clamp(max=FLOAT32_MAX)
@@ -100,9 +110,9 @@ def _two_level(x: Tensor, amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Ten
     # (1/6) · S_enc first: the other order changes one scale byte in 1,400.
     per_element_max = encode_scale * (cast.headroom / element_max)
     ideal = block_amax * per_element_max
-    scales = _stored(ideal, fmt.scale)
-    if cast.scale_rule in CHOOSING_RULES:
-        candidates = _candidates(ideal, scales, cast)
+    candidates = _candidates(ideal, cast)
+    scales = candidates[0]
+    if len(candidates) > 1:
         scales = _least_error(blocks, candidates, encode_scale, decode_scale, cast)
     return blocks * _inverse(scales, decode_scale), scales, _scale_for(amax, largest)
 
@@ -117,12 +127,32 @@ def _inverse(scales: Tensor, decode_scale: Tensor) -> Tensor:
     return (1.0 / (scales * decode_scale)).clamp_(max=FLOAT32_MAX)
 
 
-def _candidates(ideal: Tensor, scales: Tensor, cast: Cast) -> list[Tensor]:
+def _stored_fp8_exact(scale: Tensor, up: bool) -> Tensor:
+    """FP32 scales rounded to {1, 1.25, 1.5}·2^e in 2^-6 ... 64: the next one above, or by `FP8_EXACT_BOUNDS`."""
+    bits = scale.view(torch.int32)
+    mantissa = bits & 0x7FFFFF
+    chosen = torch.zeros_like(bits)
+    bounds = FP8_EXACT_SIGNIFICANDS if up else FP8_EXACT_BOUNDS
+    for bound, above in zip(bounds, (*FP8_EXACT_SIGNIFICANDS[1:], 2.0), strict=True):
+        chosen = torch.where(mantissa > int((bound - 1) * 2**23), int((above - 1) * 2**23), chosen)
+    rounded = ((bits & 0x7F800000) + chosen).view(torch.float32)
+    return torch.where(scale.isfinite(), rounded, scale).clamp_(*FP8_EXACT_RANGE)
+
+
+def _candidates(ideal: Tensor, cast: Cast) -> list[Tensor]:
     """Block scales to choose from, the one by amax first. ideal: that one before it was rounded.
 
     4/6: E4M3(ideal), E4M3(ideal · 1.5). "best": codes of the first + `BEST_OFFSETS`, kept in 1 ... 126 (448).
+    "fp8_exact": ideal and ideal · 1.5, each rounded; with stochastic rounding the one above ideal alone.
     """
     element = cast.block_format.scale
+    if cast.scale_rule == "fp8_exact":
+        if cast.rounding == "stochastic":
+            return [_stored_fp8_exact(ideal, up=True)]
+        return [_stored_fp8_exact(ideal, up=False), _stored_fp8_exact(ideal * 1.5, up=False)]
+    scales = _stored(ideal, element)
+    if cast.scale_rule == "amax":
+        return [scales]
     if cast.scale_rule != "best":
         return [scales, _stored(ideal * 1.5, element)]
     codes = encode(scales, element).int()
@@ -224,10 +254,10 @@ def quantize_rows(x: Tensor, amax: Tensor, seed: Tensor | None, cast: Cast, firs
         scaled, scales = _block_view(x * (1.0 / tensor_scale), 1, x.shape[1]), None
     else:
         scaled, scales, tensor_scale = _block_view(x, 1, x.shape[1]), None, torch.ones((), device=x.device)
-    dither = None
+    random = None
     if seed is not None:
-        dither = _block_view(dither_like(x, seed, first_row), scaled.shape[1], scaled.shape[3])
-    return Blocks(round_to(scaled, fmt.element, dither), scales, tensor_scale, tuple(x.shape))
+        random = _block_view(random_bytes(x, seed, first_row), scaled.shape[1], scaled.shape[3])
+    return Blocks(round_to(scaled, fmt.element, random), scales, tensor_scale, tuple(x.shape))
 
 
 def quantize_blocks(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> Blocks:
@@ -236,6 +266,7 @@ def quantize_blocks(x: Tensor, cast: Cast, generator: torch.Generator | None = N
 
 
 # ---------------------------------------------------------------------------- the public tensor
+
 
 @dataclass
 class Packed:

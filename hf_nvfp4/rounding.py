@@ -18,26 +18,44 @@ _RHT_MINUS = sum(1 << i for i, sign in enumerate(RHT_SIGNS) if sign < 0)
 
 # ---------------------------------------------------------------------------- rounding to an element
 
+
 def _grid_step(magnitude: Tensor, element: Element) -> Tensor:
     """Distance of the two grid points around each non-negative FP32 value."""
     power_of_two = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)
     return power_of_two.clamp_(min=element.min_normal).mul_(2.0**-element.mantissa_bits)
 
 
-def round_to(v: Tensor, element: Element, dither: Tensor | None = None) -> Tensor:
+def round_to(v: Tensor, element: Element, random: Tensor | None = None) -> Tensor:
     """FP32 values rounded to the element's grid, to nearest, ties to even, saturating at its maximum; NaN stays NaN.
 
-    dither: draws in (-1/2, 1/2) of v's shape, in units of the grid's step at |v|, added before rounding: that is
-        stochastic rounding, up with probability distance / step.
+    random: uint8 of v's shape, uniform: stochastic rounding, up with probability distance / step, see `_stochastic`.
     A negative value that rounds to zero becomes -0.0, and -0.0 itself becomes 0.0.
     """
     # In place where the buffer is ours: on a CPU this is bound by memory.
     magnitude = v.abs().clamp_(max=element.max)
-    step = _grid_step(magnitude, element)
-    steps = magnitude.div_(step)
-    if dither is not None:
-        steps.add_(dither)
-    return steps.round_().mul_(step).copysign_(v + 0.0)
+    if random is None:
+        step = _grid_step(magnitude, element)
+        rounded = magnitude.div_(step).round_().mul_(step)
+    else:
+        rounded = _stochastic(magnitude, element, random)
+    return rounded.copysign_(v + 0.0)
+
+
+def _stochastic(magnitude: Tensor, element: Element, random: Tensor) -> Tensor:
+    """Stochastic rounding of FP32 magnitudes up to the element's largest by the bits of a wider format.
+
+    Magnitudes are written in FP16 (FP32 for elements of three bits of significand), its smallest normal number standing
+    for the element's, so that the grid is what is left when the lower bits are cut off, subnormals included. (byte + 1/2)
+    / 256 of what the last bit left is worth is added before the cut. So a value on the grid never moves, and one k/256
+    of a step above it goes up for exactly k of the 256 bytes.
+    """
+    wide, bits = (torch.float16, torch.int16) if element.mantissa_bits < 3 else (torch.float32, torch.int32)
+    info = torch.finfo(wide)
+    cut = round(-math.log2(info.eps)) - element.mantissa_bits
+    draw = (random.to(bits) << cut - 8) + (1 << cut - 9 if cut > 8 else 0)
+    pattern = magnitude.mul_(info.tiny / element.min_normal).to(wide).view(bits)
+    rounded = draw.add_(pattern).bitwise_and_(-(1 << cut)).view(wide).float().mul_(element.min_normal / info.tiny)
+    return torch.where(magnitude.isnan(), magnitude, rounded)
 
 
 def _code_offset(element: Element) -> int:
@@ -88,6 +106,7 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------- random bits
 
+
 def _mix(h: Tensor) -> Tensor:
     """A bijection of int32 that flips each output bit with probability near 1/2 for each input bit.
 
@@ -98,19 +117,25 @@ def _mix(h: Tensor) -> Tensor:
     return (h >> 15).bitwise_and_(0x1FFFF).bitwise_xor_(h)
 
 
-def dither_like(x: Tensor, seed: Tensor, first_row: int = 0) -> Tensor:
-    """Draws in (-1/2, 1/2) for each element of x [M, K], a function of (row, column, seed) alone.
+def _fold(h: Tensor) -> Tensor:
+    """The halves of h · 0x9E3779B1, 64 bits, one over the other: uint32 as int64."""
+    product = h * 0x9E3779B1
+    return (product >> 32 ^ product).bitwise_and_(0xFFFFFFFF)
 
-    (byte + 1/2) / 256 - 1/2, 8 random bits each, four columns a hashed word (the first in its low byte). The sum of
-    a draw and a whole number of grid steps is exact in FP32 and nearest to that number: a value on the grid never
-    moves, and one k/256 of a step above it goes up for exactly k of the 256 bytes.
+
+def random_bytes(x: Tensor, seed: Tensor, first_row: int = 0) -> Tensor:
+    """uint8 for each element of x [M, K], a function of (row, column, seed) alone.
+
+    Four columns share a hashed word, of which they have the bytes 0, 2, 1 and 3 from the low end on.
     seed: int32 [2]. first_row: the number of x's first row, where x is a part of a larger tensor.
     """
     m, k = x.shape
     rows = torch.arange(first_row, first_row + m, device=x.device, dtype=torch.int32)
     words = torch.arange((k + 3) // 4, device=x.device, dtype=torch.int32)
-    bits = _mix(_mix(rows ^ seed[0])[:, None] ^ _mix(~words ^ seed[1])[None, :])
-    return bits.view(torch.uint8)[:, :k].float().sub_(127.5).mul_(2.0**-8)
+    by_row, by_word = _mix(rows ^ seed[0])[:, None], _mix(~words ^ seed[1])[None, :]
+    word = _fold((by_row ^ by_word).long() & 0xFFFFFFFF)
+    i = torch.arange(4, device=x.device)
+    return (word[:, :, None] >> (i & 1) * 16 + (i >> 1) * 8).to(torch.uint8).flatten(1)[:, :k]
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -126,6 +151,7 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
 
 
 # ---------------------------------------------------------------------------- Hadamard transform
+
 
 def _rht_signs(size: int, device: torch.device) -> Tensor:
     """FP32 [size, 1]; the signs repeat beyond 16. Integer arithmetic on the device: no copy from the host."""

@@ -1,11 +1,11 @@
-"""Named Llama models to train from scratch, and the settings to start each one with. Pure data."""
+"""Named Llama models to train from scratch, with settings to start each one with, and to time. Pure data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Size:
-    """A Llama: its shape, then training defaults for about 20 tokens a parameter (tiny: for a minute or two).
+class Shape:
+    """A Llama's shape, and the tokens of one forward pass.
 
     Head dimension 64 (tiny) or 128. All features are multiples of 64, so that every linear can be NVFP4.
     """
@@ -18,6 +18,33 @@ class Size:
     vocabulary: int
     sequence_length: int
     batch: int  # sequences a device and a forward pass
+    key_value_heads: int | None = field(default=None, kw_only=True)  # None: as many as heads
+
+    def config(self, vocabulary: int, sequence_length: int, special_tokens: dict):
+        """A LlamaConfig. vocabulary: the tokenizer's, here rounded up to a multiple of 64.
+
+        special_tokens: bos_token_id, eos_token_id, pad_token_id of the tokenizer.
+        """
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=-(-vocabulary // 64) * 64,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_value_heads,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=sequence_length,  # what it was trained for, and lm-eval's windows
+            use_cache=True,
+            **special_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Size(Shape):
+    """A Shape with training defaults for about 20 tokens a parameter (tiny: for a minute or two)."""
+
     accumulation: int  # forward passes a step
     steps: int
     learning_rate: float
@@ -38,25 +65,6 @@ class Size:
             "max_validation_tokens": self.validation_tokens,
         }
 
-    def config(self, vocabulary: int, sequence_length: int, special_tokens: dict):
-        """A LlamaConfig. vocabulary: the tokenizer's, here rounded up to a multiple of 64.
-
-        special_tokens: bos_token_id, eos_token_id, pad_token_id of the tokenizer.
-        """
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
-            vocab_size=-(-vocabulary // 64) * 64,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            tie_word_embeddings=self.tied,
-            max_position_embeddings=sequence_length,  # what it was trained for, and lm-eval's windows
-            use_cache=True,
-            **special_tokens,
-        )
-
 
 # Without the embeddings: 2.1M, 30M, 57M, 128M, 357M, 1.03B parameters.
 #              layers hidden inter. heads tied  vocab. seq. batch acc. steps    lr
@@ -68,3 +76,10 @@ SIZES = {
     "350m": Size(18, 1280,  3456,  10, False, 32768, 2048,   8,  32, 14000, 6e-4),
     "1b":   Size(20, 2048,  5632,  16, False, 32768, 2048,   4, 128, 20000, 4e-4),
 }  # fmt: skip
+
+# To time a training step at the widths of larger models; 0.94B, and 7.2B parameters with a vocabulary cut to 32,768, of
+# which a GPU holds a few layers.
+TIMED = {
+    "0.9b": Shape(12, 2048, 8192, 16, False, 32768, 2048, 8),
+    "8b": Shape(32, 4096, 14336, 32, False, 32768, 4096, 4, key_value_heads=8),
+}

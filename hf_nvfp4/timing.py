@@ -56,11 +56,9 @@ class HostClock:
     def flush(self) -> None:
         """Nothing."""
 
-    def time(self, run: Callable) -> tuple[float, float]:
-        """(begin, end) of one call."""
-        begin = time.perf_counter()
-        run()
-        return begin, time.perf_counter()
+    def mark(self) -> float:
+        """Now."""
+        return time.perf_counter()
 
     def seconds(self, marks: tuple[float, float]) -> float:
         """The time between two marks."""
@@ -92,13 +90,11 @@ class CudaClock:
         """Fill L2 with other data."""
         self._buffers[0].copy_(self._buffers[1])
 
-    def time(self, run: Callable) -> tuple:
-        """Events around one call."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        return begin, end
+    def mark(self) -> torch.cuda.Event:
+        """An event after all that was launched so far."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def seconds(self, marks: tuple) -> float:
         """The time between two events, after `wait`."""
@@ -125,19 +121,44 @@ def clock_for(device: torch.device) -> HostClock | CudaClock:
     return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
+def captured(run: Callable, device: torch.device) -> Callable:
+    """All that a call launches as one CUDA graph; calling the result replays it, so that launches cost nothing.
+
+    Tensors that the call makes are the graph's: each replay writes them anew.
+
+    Raises:
+        RuntimeError: what a graph can't hold, such as waiting for the GPU.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, and takes the workspaces that outlive a call
+            run()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    return graph.replay
+
+
 def interleave(
-    variants: dict[str, Callable], clock: HostClock | CudaClock, rounds: int, warmup: int = 3
+    variants: dict[str, Callable],
+    clock: HostClock | CudaClock,
+    rounds: int,
+    warmup: int = 3,
+    launches: dict[str, Callable] | None = None,
 ) -> dict[str, Timing | Exception]:
     """Time every variant once a round, each round beginning with another one.
 
     A variant that raises leaves the race: its entry is the exception. The others go on.
+    launches: what to time the launch of instead, by name: a replayed graph's is not its call's.
     """
     results: dict[str, Timing | Exception] = {}
-    running = dict(variants)
+    running, launched = dict(variants), variants | (launches or {})
 
-    def attempt(name: str, action: Callable):
+    def attempt(name: str, action: Callable, runs: dict[str, Callable] = variants):
         try:
-            return action(variants[name])
+            return action(runs[name])
         except Exception as error:  # whatever a kernel or a compiler raises
             results[name] = error
             del running[name]
@@ -146,6 +167,11 @@ def interleave(
         for _ in range(warmup):
             run()
         clock.wait()  # so that an asynchronous error is its own
+
+    def timed(run):
+        begin = clock.mark()
+        run()
+        return begin, clock.mark()
 
     for name in variants:
         attempt(name, warm)
@@ -156,9 +182,9 @@ def interleave(
         first = turn % max(1, len(names))
         for name in names[first:] + names[:first]:
             clock.flush()
-            marks[name].append(attempt(name, clock.time))
+            marks[name].append(attempt(name, timed))
     for name in list(running):
-        launch = attempt(name, clock.launch_seconds)  # waits for the GPU first
+        launch = attempt(name, clock.launch_seconds, launched)  # waits for the GPU first
         if name in running:
             results[name] = Timing(tuple(map(clock.seconds, marks[name])), launch)
     return {name: results[name] for name in variants}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from hf_nvfp4.ops import CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES
+from hf_nvfp4.ops import CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES
 from hf_nvfp4.ops.cast import _load_columns, _prepared, cast_kernel
 from hf_nvfp4.ops.launch import OPTIONS, Launcher, tile_for
 from hf_nvfp4.ops.spec import Plan, plan
@@ -46,6 +46,10 @@ CASTS = [
     *(Cast(hadamard=size) for size in (2, 4, 8, 16)),
     Cast(hadamard=16, **SR),
     *(Cast(scale_rule=rule, square=square) for rule in ("4over6", "4over6_mse", "best") for square in (False, True)),
+    *(Cast(scale_rule="fp8_exact", square=square) for square in (False, True)),
+    Cast(scale_rule="fp8_exact", **SR),
+    Cast(scale_rule="fp8_exact", hadamard=16, **SR),
+    Cast(scale_rule="fp8_exact", outer="row"),
     Cast(scale_rule="best", outer="row"),
     Cast(scale_rule="4over6", hadamard=16),
     Cast("mxfp4"),
@@ -89,6 +93,7 @@ def count_launches(monkeypatch):
 
 
 # ---------------------------------------------------------------------------- tensors
+
 
 def finite(x, dtype):
     """x in dtype, the largest finite value instead of inf."""
@@ -159,6 +164,7 @@ LAYOUTS = {
 
 # ---------------------------------------------------------------------------- what the reference says
 
+
 @dataclass
 class Expected:
     """The reference's answer for one orientation; `operand` is x or xᵀ, rotated if the cast rotates."""
@@ -200,6 +206,7 @@ def stored(scales):
 
 # ---------------------------------------------------------------------------- comparison
 
+
 def assert_same(got, want, what, source=None):
     """Equal to the bit; any NaN equals any other.
 
@@ -230,7 +237,9 @@ def assert_writes(outputs, want, cast, out, transposed):
     q, text = want.quantized, kernels.spec(cast)
     m, k = want.operand.shape
     data = outputs.pop(0)
-    scales = outputs.pop(0) if out != VALUES and q.scales is not None else None
+    scales = outputs.pop(0) if out not in (VALUES, FP8) and q.scales is not None else None
+    if out == FP8:
+        return assert_writes_fp8(data, outputs.pop(0), want, what)
     assert_same(outputs.pop(0), q.tensor_scale, f"{what}, scale above")
     if out == VALUES:
         assert data.is_contiguous()
@@ -248,6 +257,22 @@ def assert_writes(outputs, want, cast, out, transposed):
         with poisoned():
             values = ops.dequantize(data, scales, text, out == CODES_ACROSS)
         assert_same(values.T if out == CODES_ACROSS else values, q.values().bfloat16(), f"{what}, dequantized")
+
+
+def assert_writes_fp8(data, above, want, what):
+    """E4M3 bytes and the FP32 scale above: exactly the values under rule "fp8_exact", else an eighth of them, rounded."""
+    q = want.quantized
+    eighth = q.cast.scale_rule != "fp8_exact"
+    assert_same(above, q.tensor_scale * 8 if eighth else q.tensor_scale, f"{what}, scale above")
+    values = want.values.float()
+    if not eighth:
+        assert values.to(torch.float8_e4m3fn).float().equal(values) or not above.isfinite().all()
+    expected = (values / 8 if eighth else values).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    got = data.view(torch.float8_e4m3fn).float()
+    assert got.shape == expected.shape
+    # Bytes under a scale that is not finite may be any; the sign of a zero is not kept.
+    wrong = (got != expected) & above.isfinite() & ~expected.isnan()
+    assert not wrong.any(), f"{what}: {wrong.sum()} of {wrong.numel()} differ"
 
 
 def compare(x, row=None, row_out=NOTHING, col=None, col_out=NOTHING, on=None):
@@ -293,6 +318,7 @@ def _amax(x, casts, wants):
 
 
 # ---------------------------------------------------------------------------- rotation
+
 
 @triton.jit
 def _rotated_kernel(x_ptr, out_ptr, M, K, P: tl.constexpr):

@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from hf_nvfp4 import Cast, NVFP4Linear, benchmarks, timing, yardstick
+from hf_nvfp4 import Cast, NVFP4Linear, bench_rows, benchmarks, timing, yardstick
 from hf_nvfp4.backends import BACKENDS, bf16, reference
 from hf_nvfp4.recipes import get_recipe
 
@@ -64,18 +65,20 @@ def test_casts_and_a_linear_layer(bench, tmp_path, capsys, traced):
     assert list(linear) == ["nn.Linear", "nvfp4", "nvfp4, inductor", "fp8", "fp8, inductor", "copy"]
     assert linear["nn.Linear"]["saved_bytes"] == 2 * 48 * 64 and linear["nn.Linear"]["ratio"] == 1
     assert linear["nvfp4"]["saved_bytes"] == 48 * 64 * 9 // 16 + 4
-    assert "casts bit-exact" in linear["nvfp4"]["check"] and linear["nvfp4"]["floor"] > 1
+    assert "casts bit-exact" in linear["nvfp4"]["check"] and 0 < linear["nvfp4"]["ceiling"] < 1
+    assert linear["nvfp4"]["speed"] == pytest.approx(1 / linear["nvfp4"]["ratio"])
+    assert "as launched by the host" in out and report["graphs"] is False
     assert "| nvfp4, inductor |" in out and "GB/s" in out
 
 
-def test_a_model(bench, tmp_path, capsys):
-    status, report = run(bench, tmp_path, "model", "--size", "tiny", "--batch", "1", "--sequence_length", "32")
-    assert status == 0, capsys.readouterr().out
-    rows = report["results"][0]["rows"]
-    assert list(rows) == ["nn.Linear", "nvfp4"]
-    assert rows["nvfp4"]["check"].startswith("3 layer shapes") and len(rows["nvfp4"]["decisions"]) == 29
-    assert " 21 of 29 |" in capsys.readouterr().out
-    assert abs(rows["nvfp4"]["loss"] - rows["nn.Linear"]["loss"]) < 0.5
+def test_recipes_on_backends_of_their_own(bench, tmp_path):
+    argv = ["casts", "linear", "--cast_shapes", "32x64", "--linear_shapes", "32x64x64", "--inductor", "none"]
+    status, report = run(bench, tmp_path, *argv, "--casts", "rne", "--recipes", "nvfp4@reference", "nvfp4", "bf16@bf16")
+    casts, linear = (result["rows"] for result in report["results"])
+    assert status == 0
+    assert list(linear) == ["nn.Linear", "nvfp4@reference", "nvfp4", "bf16@bf16", "copy"]
+    assert [linear[name]["backend"] for name in list(linear)[1:4]] == ["reference", "bf16", "bf16"]
+    assert casts["nvfp4@reference dy"]["backend"] == "reference" and casts["nvfp4 dy"]["backend"] == "bf16"
 
 
 def test_fp32_weights_run_under_autocast(bench, tmp_path, traced):
@@ -126,6 +129,60 @@ def _one_code_off(cast):
     return off
 
 
+def linear_rows(bench, *argv):
+    """Rows of a layer of 32 tokens, 64 → 64, timed as if there were CUDA graphs."""
+    args = bench.parse(["linear", "--inductor", "none", *argv, *SMALL])
+    bench.announce(args)
+    args.eager = False
+    return bench_rows.linear_rows(args, (32, 64, 64), torch.bfloat16)
+
+
+def replay_of(step):
+    """A stand-in for a CUDA graph of a step: the same gradients' memory, written anew by each replay."""
+    step()
+    kept = step.gradients
+
+    def replay():
+        step()
+        for name, gradient in step.gradients.items():
+            kept[name].copy_(gradient)
+
+    return replay
+
+
+def test_a_replay_is_checked_before_it_is_timed(bench, monkeypatch):
+    def captured(step, device):
+        replay = replay_of(step)
+        if isinstance(step.layer, NVFP4Linear):
+            return lambda: (replay(), torch.manual_seed(99), replay())  # other draws than the step's
+        return replay
+
+    monkeypatch.setattr(timing, "captured", captured)
+    rows = linear_rows(bench, "--recipes", "nvfp4", "bf16")
+    assert rows["nvfp4"]["error"].startswith("Wrong: dx is") and "time" not in rows["nvfp4"]
+    assert "time" in rows["nn.Linear"] and "time" in rows["bf16"]  # which draw nothing
+
+
+def test_what_cannot_be_captured_is_not_timed_otherwise(bench, monkeypatch):
+    def captured(step, device):
+        if isinstance(step.layer, NVFP4Linear):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return replay_of(step)
+
+    monkeypatch.setattr(timing, "captured", captured)
+    rows = linear_rows(bench)
+    assert "not permitted" in rows["nvfp4"]["error"] and "time" not in rows["nvfp4"] and "time" in rows["nn.Linear"]
+
+
+def test_no_amax_to_give_is_an_error(bench, tmp_path):
+    argv = ["linear", "--linear_shapes", "32x64x64", "--inductor", "none", "--amax", "given"]
+    status, report = run(bench, tmp_path, *argv, "--recipes", "nvfp4@reference", "fp8")
+    rows = report["results"][0]["rows"]
+    assert "fp8, amax given" not in rows  # its blocks have no scale above them
+    assert status == 1 and "time" in rows["nvfp4@reference"]
+    assert "asks the kernels for no amax" in rows["nvfp4@reference, amax given"]["error"]
+
+
 def test_another_seed_and_nan_are_wrong(device):
     base = benchmarks.Step.of_linear((64, 64, 64), device, torch.bfloat16)
     step = base.with_recipe(get_recipe("nvfp4"), "reference")
@@ -143,6 +200,10 @@ def test_another_seed_and_nan_are_wrong(device):
     ("argv", "sentence"),
     [
         (["sing"], "unknown benchmark 'sing'; known: casts, linear, model"),
+        (["--recipes", "nvfp4@bf61"], "Did you mean 'bf16'?"),
+        (["--recipes", "nvfp4@fp8"], "backend 'fp8'"),
+        (["--torchao", "rowwise"], "pip install torchao"),
+        (["--steps", "0"], "at least 1"),
         (["--casts", "rnd"], "unknown cast 'rnd'"),
         (["--recipes", "nvfp5"], "Did you mean 'nvfp4'?"),
         (["--backend", "bf61"], "Did you mean 'bf16'?"),
@@ -151,7 +212,8 @@ def test_another_seed_and_nan_are_wrong(device):
         (["--rounds", "0"], "at least 1"),
     ],
 )
-def test_bad_options_are_a_sentence(bench, capsys, argv, sentence):
+def test_bad_options_are_a_sentence(bench, capsys, monkeypatch, argv, sentence):
+    monkeypatch.setitem(sys.modules, "torchao", None)  # as if it were not installed
     with pytest.raises(SystemExit) as stop:
         bench.main([*argv, "--device", "cpu"])
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
@@ -179,6 +241,30 @@ def test_the_yardstick_adds_a_bias(device, traced):
     assert torch.allclose(y, layer(x), atol=1e-5)
 
 
+# ---- What is known beforehand --------------------------------------------------------------------------
+
+
+def test_a_given_amax_saves_the_kernel_and_changes_nothing(device, monkeypatch):
+    cases = pytest.importorskip("kernel_cases", reason="the kernels need Triton")
+    if device.type != "cuda" and not cases.INTERPRETED:
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1 as make test sets it")
+    monkeypatch.setattr(bf16, "KERNEL_DEVICES", {device.type})
+    base = benchmarks.Step.of_linear((32, 64, 64), device, torch.bfloat16)
+    step = base.with_recipe(get_recipe("nvfp4"), "bf16")
+    given, expected = step.with_amax_given(), step.results()
+    launched = []
+    honest = cases.ops.ops._AMAX
+    monkeypatch.setattr(cases.ops.ops, "_AMAX", lambda *args: launched.append(1) or honest(*args))
+    found = given.results()
+    assert launched == [] and len(given.around.found) == 4  # of x, w, dy, and w again
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    step()
+    assert len(launched) == 4
+    call = benchmarks.layer_calls(get_recipe("nvfp4"))["dy"]
+    x = base.x.detach()
+    assert call.traffic(x, ()) == (2 * x.nbytes, 0) and call.traffic(x, (), amax_given=True) == (x.nbytes, 0)
+
+
 # ---- Clocks and counts ---------------------------------------------------------------------------------
 
 
@@ -198,6 +284,16 @@ def test_variants_take_turns_and_one_that_raises_leaves():
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab"  # each round begins with another one
     assert list(results) == ["a", "b", "c"] and isinstance(results["b"], ValueError)
     assert len(results["a"].seconds) == 3 and results["a"].launch is None
+
+
+def test_launches_can_be_another_calls():
+    class Clock(timing.HostClock):
+        def launch_seconds(self, run):
+            return run()
+
+    variants = {"a": lambda: 1.0, "b": lambda: 2.0}
+    results = timing.interleave(variants, Clock(), rounds=1, launches={"a": lambda: 3.0})
+    assert (results["a"].launch, results["b"].launch) == (3.0, 2.0)
 
 
 def test_ratios_are_taken_round_by_round():
@@ -245,3 +341,19 @@ def test_gpu_clock_memory_and_kernels():
     assert 1.2 < timings["two"].ratio(timings["one"]) < 3 and timings["one"].launch > 0
     assert timing.peak_bytes(x.clone, device) == x.nbytes
     assert sum(timing.kernel_seconds(x.clone, device).values()) < timings["one"].median * 1.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures CUDA graphs")
+@pytest.mark.parametrize("recipe", ["nvfp4", "bf16"])
+def test_a_graph_of_a_step_draws_what_the_step_draws(recipe):
+    base = benchmarks.Step.of_linear((64, 128, 256), torch.device("cuda"), torch.bfloat16)
+    step = base.with_recipe(get_recipe(recipe), "bf16")
+    replay = timing.captured(step, base.x.device)
+    gradient = step.x.grad
+    benchmarks.check_replay(step, replay)
+    draws = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        replay()
+        draws.append(gradient.clone())
+    assert torch.equal(*draws) == (recipe == "bf16")

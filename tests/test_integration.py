@@ -108,7 +108,7 @@ def test_the_active_precision_is_saved(build, tmp_path):
     ("settings", "message"),
     [
         ({"recipe": "nvfp5"}, "unknown recipe 'nvfp5'; known: bf16, nvfp4.*Did you mean 'nvfp4'"),
-        ({"backend": "fp5"}, "unknown backend 'fp5'; known: auto, fp4, bf16"),
+        ({"backend": "fp5"}, "unknown backend 'fp5'; known: auto, fp4, fp8, bf16"),
         ({"recipes": "nvfp4"}, "unknown key .*'recipes'; known: recipe, backend, skip.*Did you mean 'recipe'"),
         ({"high_precision": "some"}, "known: None, all, forward"),
         ({"keep_bf16_last": 1.5}, "keep_bf16_last=1.5"),

@@ -1,6 +1,5 @@
 """What the kernels' operators refuse, before any launch and in words."""
 
-
 import pytest
 import torch
 

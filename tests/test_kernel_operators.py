@@ -1,5 +1,7 @@
 """The kernels as operators of torch: in graphs and on backend bf16. Bits: test_kernels.py."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -58,6 +60,7 @@ def relative(a, b):
 
 # ---------------------------------------------------------------------------- operators
 
+
 def calls(device):
     """Arguments of operators by name: each output, both dtypes of scales, ragged and empty."""
     x, empty = torch.randn(37, 64, device=device), torch.empty(0, 64, device=device)
@@ -98,6 +101,7 @@ def test_scaled_matmul_is_an_operator(gpu):
 
 # ---------------------------------------------------------------------------- graphs
 
+
 def compiled(module, device):
     """The module compiled whole, and a counter of its graphs: inductor on a GPU, eager after autograd on the CPU."""
     counter = CompileCounterWithBackend("inductor" if device.type == "cuda" else "aot_eager")
@@ -119,7 +123,10 @@ def test_a_layer_compiles_into_one_graph(device, on_kernels, launches, recipe):
     for got, want, limit in zip(results, expected, (1e-6, *[0.5 if redrawn else 1e-6] * 2), strict=True):
         assert relative(got, want) < limit
     assert counter.frame_count == 1
-    assert sorted(launches) == eager and (recipe == "bf16") == ("cast_kernel" not in eager)
+    # Inductor casts a square-blocked weight once for both of its uses: transposing twice is nothing.
+    shared = {"amax_kernel": 1, "cast_kernel": 1} if len(launches) < len(eager) else {}
+    assert Counter(launches) + Counter(shared) == Counter(eager)
+    assert (recipe == "bf16") == ("cast_kernel" not in eager)
 
 
 def test_a_compiled_layer_takes_any_number_of_tokens(device, on_kernels):
@@ -304,6 +311,7 @@ def test_a_layer_is_the_same_with_kernels_and_without(monkeypatch, device, recip
 
 
 # ---------------------------------------------------------------------------- the GEMM
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("sizes", [(33, 96, 64), (256, 128, 512), (1, 48, 16)], ids=str)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_nvfp4 import RECIPES, Cast, NVFP4Linear, Recipe, quantize, use_recipe
-from hf_nvfp4.backends import BACKENDS, bf16
+from hf_nvfp4.backends import BACKENDS, BY_NAME_ONLY, bf16
 from hf_nvfp4.gemm import backend_name
 from hf_nvfp4.linear import quantized_linears
 from hf_nvfp4.recipes import SR_HEADROOM
@@ -19,7 +19,8 @@ NEAREST = {
     "rht": Recipe("nearest_rht", (RN, RN_2D), (RN, RN_2D), (RN_H, RN_H)),
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RUNNABLE = [name for name, backend in BACKENDS.items() if backend.supports(NEAREST["rht"], DEVICE) is None]
+EXACT = [name for name in BACKENDS if name not in BY_NAME_ONLY]
+RUNNABLE = [name for name in EXACT if BACKENDS[name].supports(NEAREST["rht"], DEVICE) is None]
 
 
 def run(layer, x, dy):
@@ -73,17 +74,19 @@ def test_gradients_equal_float64_from_the_dequantized_operands(device, backend):
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_backends_agree_where_they_say_they_are_exact(device, recipe):
     x, dy = torch.randn(33, 128, device=device), torch.randn(33, 96, device=device)
-    results = []
-    for backend in [name for name in RUNNABLE if not BACKENDS[name].supports(RECIPES[recipe], DEVICE)]:
+    results = {}
+    for backend in [name for name in EXACT if BACKENDS[name].supports(RECIPES[recipe], DEVICE) is None]:
         torch.manual_seed(0)
         layer = NVFP4Linear(128, 96, recipe=recipe, backend=backend, device=device)
         torch.manual_seed(5)
-        results.append(run(layer, x, dy))
-    exact = bf16.exactness(RECIPES[recipe]) == "exact"
-    for result in results[:-1]:
-        for got, expected in zip(result, results[-1], strict=True):
-            assert relative(got, expected) < (3e-7 if exact else 5e-3)
-    assert exact == (recipe != "fp8")
+        results[backend] = run(layer, x, dy)
+    for backend, result in results.items():
+        # FP8 tensor cores keep about 14 bits of a sum until it goes to FP32 (arXiv 2412.19437, section 3.5.2).
+        exact = BACKENDS[backend].exactness(RECIPES[recipe]).startswith("exact")
+        tolerance = 3e-4 if backend == "fp8" else 3e-7 if exact else 5e-3
+        for got, expected in zip(result, results["reference"], strict=True):
+            assert relative(got, expected) < tolerance, backend
+    assert (bf16.exactness(RECIPES[recipe]) == "exact") == (recipe != "fp8")
 
 
 def test_the_error_of_averaged_weight_gradients_falls_with_the_square_root(device):
@@ -217,7 +220,7 @@ def test_use_recipe_is_temporary(device):
 def test_wrong_sizes_and_names_are_errors():
     with pytest.raises(ValueError, match="17→16: in_features=17 is not a multiple of 16; use nn.Linear"):
         NVFP4Linear(17, 16)
-    with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, fp4, bf16, fp4_triton, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; known: auto, fp4, fp8, bf16, fp4_triton, reference"):
         NVFP4Linear(16, 16, backend="cuda")
 
 

@@ -10,18 +10,17 @@ from hf_nvfp4.formats import BF16, E2M1, E4M3, E5M2
 from hf_nvfp4.rounding import (
     RHT_SIGNS,
     decode,
-    dither_like,
     draw_seed,
     encode,
     pack_nibbles,
+    random_bytes,
     rotate,
     round_to,
     unpack_nibbles,
 )
 
 NAN = float("nan")
-# What the 256 bytes give.
-DITHERS = (torch.arange(256) + 0.5) / 256 - 0.5
+BYTES = torch.arange(256, dtype=torch.uint8)
 
 
 def seed(*values):
@@ -29,6 +28,7 @@ def seed(*values):
 
 
 # ---------------------------------------------------------------------------- rounding
+
 
 def test_ties_go_to_the_even_code():
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
@@ -52,8 +52,8 @@ def test_grid_points_are_fixed_points_of_both_roundings(element):
     grid = torch.tensor(element.grid)
     for values in (grid, -grid):
         assert torch.equal(round_to(values, element), values)
-        dithered = round_to(values.expand(256, -1), element, DITHERS[:, None].expand(-1, len(grid)))
-        assert torch.equal(dithered, values.expand(256, -1))
+        stochastic = round_to(values.expand(256, -1), element, BYTES[:, None].expand(-1, len(grid)))
+        assert torch.equal(stochastic, values.expand(256, -1))
         assert torch.equal(decode(encode(values, element), element), values)
 
 
@@ -79,6 +79,7 @@ def test_the_even_column_is_in_the_low_nibble():
 
 # ---------------------------------------------------------------------------- stochastic rounding
 
+
 @pytest.mark.parametrize("element", [E2M1, E4M3, E5M2], ids=lambda e: e.name)
 def test_probabilities_are_exact_where_the_distance_is_a_256th_of_a_step(element):
     """Between every two neighbours of the grid, k of the 256 bytes round up from k/256 of the way."""
@@ -87,7 +88,7 @@ def test_probabilities_are_exact_where_the_distance_is_a_256th_of_a_step(element
     k = torch.arange(256)[:, None]
     x = low + (high - low) * (k / 256)
     for sign in (1, -1):
-        got = sign * round_to(sign * x.expand(-1, -1, 256), element, DITHERS.expand(len(low), 256, -1))
+        got = sign * round_to(sign * x.expand(-1, -1, 256), element, BYTES.expand(len(low), 256, -1))
         assert ((got == low) | (got == high)).all()
         assert torch.equal((got == high).sum(2), k[:, 0].expand(len(low), -1))
 
@@ -96,7 +97,7 @@ def test_rounding_frequencies_pass_chi_square():
     """The hash's bytes against the probabilities k/256: 255 values, 4,096 draws each."""
     k = torch.arange(1, 256)
     x = (2 + k[:, None] / 256).expand(-1, 4096)  # from one grid point to the next
-    up = (round_to(x, E2M1, dither_like(x, seed(5, 6))) == 3).sum(1)
+    up = (round_to(x, E2M1, random_bytes(x, seed(5, 6))) == 3).sum(1)
     p = k / 256
     chi2 = ((up - 4096 * p) ** 2 / (4096 * p * (1 - p))).sum()
     assert abs(chi2 - 255) < 5 * 510**0.5
@@ -105,25 +106,27 @@ def test_rounding_frequencies_pass_chi_square():
 def test_bytes_are_uniform_and_independent():
     """Of neighbours in a row and in a column, within a hashed word and across, and of seeds one bit apart."""
     shape, n = (1024, 1024), 2**20
-    d = dither_like(torch.empty(shape), seed(1, 2))
-    assert (d + 0.5).min() == 1 / 512 and (d + 0.5).max() == 511 / 512
-    assert abs(d.mean()) < 5 / (12 * n) ** 0.5
-    counts = torch.bincount(((d + 0.5) * 256).int().flatten(), minlength=256)
+    d = random_bytes(torch.empty(shape), seed(1, 2))
+    counts = torch.bincount(d.flatten(), minlength=256)
     assert abs(((counts - n / 256) ** 2 / (n / 256)).sum() - 255) < 5 * 510**0.5
-    others = [dither_like(torch.empty(shape), seed(*s)) for s in ((1, 3), (3, 2), (1 | 1 << 30, 2), (2, 1))]
+    others = [random_bytes(torch.empty(shape), seed(*s)) for s in ((1, 3), (3, 2), (1 | 1 << 30, 2), (2, 1))]
     pairs = [(d[:, lag:], d[:, :-lag]) for lag in (1, 2, 3, 4, 16)]
     pairs += [(d[lag:], d[:-lag]) for lag in (1, 2, 16, 512)]
     pairs += [(d, other) for other in others] + [(d, d.T), (d[:, 0::4], d[:, 3::4])]
     for a, b in pairs:
-        r = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
+        r = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]).float())[0, 1]
         assert abs(r) < 5 / a.numel() ** 0.5
+    # Two rows and two words: hashes that only add a row's to a word's would cancel.
+    sign = (d.view(1024, 256, 4)[:, :, 0] > 127).float() * 2 - 1
+    corners = sign[:-1, :-1] * sign[1:, :-1] * sign[:-1, 1:] * sign[1:, 1:]
+    assert abs(corners.mean()) < 5 / corners.numel() ** 0.5
 
 
 def test_the_same_seed_gives_the_same_bits_wherever_the_element_stands():
-    whole = dither_like(torch.empty(1024, 1022), seed(1, 2))
-    assert torch.equal(dither_like(torch.empty(1024, 1022), seed(1, 2)), whole)
-    assert torch.equal(dither_like(torch.empty(24, 1022), seed(1, 2), first_row=1000), whole[1000:])
-    assert torch.equal(dither_like(torch.empty(1024, 37), seed(1, 2)), whole[:, :37])
+    whole = random_bytes(torch.empty(1024, 1022), seed(1, 2))
+    assert torch.equal(random_bytes(torch.empty(1024, 1022), seed(1, 2)), whole)
+    assert torch.equal(random_bytes(torch.empty(24, 1022), seed(1, 2), first_row=1000), whole[1000:])
+    assert torch.equal(random_bytes(torch.empty(1024, 37), seed(1, 2)), whole[:, :37])
 
 
 def test_the_hash_is_this_one():
@@ -134,19 +137,19 @@ def test_the_hash_is_this_one():
         h = (h >> 15 ^ h) * 0x735A2D97 & 0xFFFFFFFF
         return h >> 15 ^ h
 
-    d = dither_like(torch.empty(3, 9), seed(-7, 123456789), first_row=70)
+    d = random_bytes(torch.empty(3, 9), seed(-7, 123456789), first_row=70)
     for row in range(3):
         for column in range(9):
             of_row = mix((70 + row) ^ (-7 & 0xFFFFFFFF))
-            word = mix(of_row ^ mix(~(column // 4) & 0xFFFFFFFF ^ 123456789))
-            byte = word >> 8 * (column % 4) & 0xFF
-            assert d[row, column] == (byte + 0.5) / 256 - 0.5
+            product = (of_row ^ mix(~(column // 4) & 0xFFFFFFFF ^ 123456789)) * 0x9E3779B1
+            word = (product >> 32 ^ product) & 0xFFFFFFFF
+            assert d[row, column] == word >> 8 * (0, 2, 1, 3)[column % 4] & 0xFF
 
 
 def test_calls_and_orientations_draw_apart():
     """A cast of x and one of x's transpose, or two casts of x, share no rounding decisions."""
     x = torch.rand(512, 512) + 2  # from one grid point to the next
-    a, b, c = (round_to(x, E2M1, dither_like(x, draw_seed(x.device))) - x for _ in range(3))
+    a, b, c = (round_to(x, E2M1, random_bytes(x, draw_seed(x.device))) - x for _ in range(3))
     for other in (b, c.T):
         r = torch.corrcoef(torch.stack([a.flatten(), other.flatten()]))[0, 1]
         assert abs(r) < 5 / x.numel() ** 0.5
@@ -159,11 +162,12 @@ def test_ranks_seeded_alike_draw_different_numbers(monkeypatch):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         seeds.append(draw_seed(torch.device("cpu"), torch.Generator().manual_seed(3)))
     assert torch.equal(seeds[0], seeds[2]) and not (seeds[0] == seeds[1]).any()
-    a, b = (dither_like(torch.empty(512, 512), s).flatten() for s in seeds[:2])
-    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 5 / 512
+    a, b = (random_bytes(torch.empty(512, 512), s).flatten() for s in seeds[:2])
+    assert abs(torch.corrcoef(torch.stack([a, b]).float())[0, 1]) < 5 / 512
 
 
 # ---------------------------------------------------------------------------- rotations
+
 
 def test_the_hadamard_transform_equals_the_golden_one(golden):
     for name in ("randn_bf16", "outlier_bf16", "one_zero_block_bf16"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_nvfp4 import ops
 from hf_nvfp4.backends.operand import Operand, is_plain, plain, transposed
 from hf_nvfp4.formats import Element
-from hf_nvfp4.ops import CODES, CODES_ACROSS, NOTHING, VALUES
+from hf_nvfp4.ops import CODES, CODES_ACROSS, FP8, NOTHING, VALUES
 from hf_nvfp4.recipes import Cast
 from hf_nvfp4.reference import Packed, QuantizedTensor, draw_seed, quantize_blocks, rotate
 
@@ -86,7 +86,7 @@ def _written(cast: Cast | None, how: int) -> int:
     """How many tensors the kernels write for a cast."""
     if cast is None:
         return 0
-    return 2 if how == VALUES or cast.block_format.scale is None else 3
+    return 2 if how in (VALUES, FP8) or cast.block_format.scale is None else 3
 
 
 def _three(written: list[Tensor], cast: Cast | None) -> list[Tensor | None]:

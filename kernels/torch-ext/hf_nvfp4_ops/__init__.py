@@ -2,12 +2,13 @@
 
 from .blas import unfit
 from .ops import amax, cast, dequantize, padded, scaled_matmul
-from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, Spec, spec_text
+from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Spec, spec_text
 
 __all__ = [
     "CODES",
     "CODES_ACROSS",
     "CODES_SWIZZLED",
+    "FP8",
     "NOTHING",
     "VALUES",
     "Spec",

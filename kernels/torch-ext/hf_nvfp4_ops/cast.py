@@ -9,26 +9,28 @@ through shared memory; transposes come before narrow casts.
 import triton
 import triton.language as tl
 
-from .conversion import e2m1_words
+from .conversion import e2m1_words, e4m3_words, e4m3_words_of_pairs, pack
 from .numerics import (
+    INTERPRETED,
     as_float,
     as_int,
     block_scales,
-    dither,
+    element_codes,
+    element_values,
     largest16,
     random_words,
     rotate,
     round_bf16,
-    round_magnitude,
+    round_bf16_pairs,
     scale_above,
-    signed_code,
+    stochastic_pairs,
     swizzled_at,
     to_bf16,
     to_fp32,
-    with_sign,
 )
 
 # ---------------------------------------------------------------------------- tiles from memory and back
+
 
 @triton.jit
 def _load(ptr, inside, EVEN: tl.constexpr):
@@ -48,10 +50,11 @@ def _load_rows(ptr, rows, groups, stride, M, K, EVEN: tl.constexpr):
     """x[rows, 16 · groups + 0..15] as [R, B, 16] in FP32; zeros outside, of which there is none if EVEN."""
     R: tl.constexpr = rows.shape[0]
     B: tl.constexpr = groups.shape[0]
-    at = rows[:, None, None].to(tl.int64) * stride + groups[None, :, None] * 16 + tl.arange(0, 8)[None, None, :]
-    inside = (rows < M)[:, None, None] & (groups < K // 16)[None, :, None]
+    # Groups first: of two dimensions that are not contiguous Triton lets neighbouring threads run along the first.
+    at = groups[:, None, None] * 16 + rows[None, :, None].to(tl.int64) * stride + tl.arange(0, 8)[None, None, :]
+    inside = (groups < K // 16)[:, None, None] & (rows < M)[None, :, None]
     both = tl.join(_load(ptr + at, inside, EVEN), _load(ptr + at + 8, inside, EVEN))
-    return to_fp32(tl.reshape(tl.permute(both, (0, 1, 3, 2)), (R, B, 16)))
+    return to_fp32(tl.reshape(tl.permute(both, (1, 0, 3, 2)), (R, B, 16)))
 
 
 @triton.jit
@@ -78,10 +81,10 @@ def _load_columns(ptr, columns, groups, stride, M, K, EVEN: tl.constexpr):
 @triton.jit
 def _store_rows(ptr, v, rows, groups, M, K, EVEN: tl.constexpr):
     """Inverse of `_load_rows`, to a contiguous BF16 [M, K]."""
-    at = rows[:, None, None].to(tl.int64) * K + groups[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
-    inside = (rows < M)[:, None, None] & (groups < K // 16)[None, :, None]
+    at = groups[:, None, None] * 16 + rows[None, :, None].to(tl.int64) * K + tl.arange(0, 16)[None, None, :]
+    inside = (groups < K // 16)[:, None, None] & (rows < M)[None, :, None]
     # Whole: Triton exchanges halves between threads first. Half sectors written apart cost twice the time.
-    _store(ptr + at, to_bf16(v), inside, EVEN)
+    _store(ptr + at, tl.permute(to_bf16(v), (1, 0, 2)), inside, EVEN)
 
 
 @triton.jit
@@ -126,20 +129,14 @@ def scales_at(rows, groups, M, K, BLOCK: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def _pack(code, BITS: tl.constexpr):
-    """int32 codes [R, B, 16] -> words of 32 bits [R, B, 2 or 4], the even column low."""
-    R: tl.constexpr = code.shape[0]
-    B: tl.constexpr = code.shape[1]
-    EACH: tl.constexpr = 32 // BITS
-    places = (tl.arange(0, EACH) * BITS)[None, None, None, :]
-    return tl.sum(tl.reshape(code, (R, B, 16 // EACH, EACH)) << places, 3)
-
-
-@triton.jit
 def _store_codes(ptr, words, rows, groups, M, K, OUT: tl.constexpr, EVEN: tl.constexpr):
     """The words of packed codes of 16 elements each, [R, B, 2 or 4]."""
+    at = words_at(rows, groups, M, K, words.shape[2], OUT == 4)
     inside = (rows < M)[:, None, None] & (groups < K // 16)[None, :, None]
-    _store(ptr + words_at(rows, groups, M, K, words.shape[2], OUT == 4), words, inside, EVEN)
+    if OUT == 4:
+        _store(ptr + at, words, inside, EVEN)
+    else:  # groups first, as in `_load_rows`
+        _store(ptr + tl.permute(at, (1, 0, 2)), tl.permute(words, (1, 0, 2)), tl.permute(inside, (1, 0, 2)), EVEN)
 
 
 @triton.jit
@@ -157,11 +154,12 @@ def _store_scales(ptr, code, rows, groups, M, K, BLOCK: tl.constexpr, OUT: tl.co
 
 # ---------------------------------------------------------------------------- amax
 
+
 @triton.jit
 def _prepared(v, P: tl.constexpr):
     """The Hadamard transform of a tile, rounded to BF16, if the plan has one."""
     if P.hadamard:
-        v = round_bf16(rotate(v, P.hadamard) * P.hadamard_factor)
+        v = round_bf16_pairs(rotate(v, P.hadamard) * P.hadamard_factor)
     return v
 
 
@@ -197,42 +195,56 @@ def amax_kernel(x_ptr, out_ptr, M, K, stride, ROW: tl.constexpr, COL: tl.constex
 
 # ---------------------------------------------------------------------------- cast
 
+
 @triton.jit
 def _cast_tile(v, rows, groups, amax, seed_ptr, codes_ptr, scales_ptr, M, K,
                P: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
                HARDWARE: tl.constexpr):  # fmt: skip
     """Quantize a tile [R, B, 16] of an operand [M, K] and write it.
 
-    TRANSPOSED: values go to [K, M], the layout that x has; codes and scales always have the operand's.
+    TRANSPOSED: values go to [K, M], the layout that x has; all else has the operand's.
     """
     G: tl.constexpr = P.grid
+    PACKED: tl.constexpr = OUT > 1 and OUT < 5
     # Levels of conversion.py: 1 is enough to round to nearest, stochastically it takes 2.
-    BY_INSTRUCTION: tl.constexpr = G.bits == 4 and OUT > 1 and HARDWARE > P.stochastic
+    BY_INSTRUCTION: tl.constexpr = G.bits == 4 and PACKED and HARDWARE > P.stochastic
     tall: tl.constexpr = P.block if P.square else 1
-    inverse, scale, scale_code = block_scales(v, amax, P, tall)
-    v = v * inverse[:, :, None]
+    # What FP8 bytes hold fits by the rule, or is saturated when converted.
+    SATURATE: tl.constexpr = OUT != 5 or P.rule != "fp8_exact"
+    inverse, scale, scale_code, chosen = block_scales(v, amax, SATURATE, P, tall)
     if BY_INSTRUCTION:
         random = random_words(rows, groups, seed_ptr) if P.stochastic else v
-        _store_codes(codes_ptr, e2m1_words(v, random, P.stochastic), rows, groups, M, K, OUT, EVEN)
+        words = e2m1_words(v * inverse[:, :, None], random, P.stochastic)
+        _store_codes(codes_ptr, words, rows, groups, M, K, OUT, EVEN)
+    elif PACKED:
+        code = element_codes(v * inverse[:, :, None], rows, groups, seed_ptr, P.stochastic, G)
+        _store_codes(codes_ptr, pack(code, G.bits), rows, groups, M, K, OUT, EVEN)
+    elif OUT == 5 and P.stochastic and not SATURATE and not INTERPRETED:
+        pairs = stochastic_pairs(v * inverse[:, :, None], rows, groups, seed_ptr, G)
+        _store_codes(codes_ptr, e4m3_words_of_pairs(pairs, scale), rows, groups, M, K, OUT, EVEN)
     else:
-        m = tl.minimum(tl.abs(v), G.max)
-        draws = dither(random_words(rows, groups, seed_ptr), G) if P.stochastic else m
-        sum, magic = round_magnitude(m, draws, P.stochastic, G)
-        if OUT > 1:
-            _store_codes(codes_ptr, _pack(signed_code(sum, v, G), G.bits), rows, groups, M, K, OUT, EVEN)
-        else:
-            value = sum - magic
+        value = chosen
+        if len(P.offsets) == 0:
+            value = element_values(v * inverse[:, :, None], rows, groups, seed_ptr, P.stochastic, SATURATE, G)
             if P.scale != "none":
                 value = value * scale[:, :, None]
-            if G.bits == 8:
-                value = tl.where(v == v, value, v)
-            value = with_sign(value, v)
-            if TRANSPOSED:
-                _store_columns(codes_ptr, value, rows, groups, K, M, EVEN)
-            else:
-                _store_rows(codes_ptr, value, rows, groups, M, K, EVEN)
-    if OUT > 1 and P.scale != "none":
+        if OUT == 5:
+            E4M3: tl.constexpr = P.scale_grid
+            words = e4m3_words(value if P.value_factor == 1 else value * P.value_factor, E4M3)
+            _store_codes(codes_ptr, words, rows, groups, M, K, OUT, EVEN)
+        elif TRANSPOSED:
+            _store_columns(codes_ptr, value, rows, groups, K, M, EVEN)
+        else:
+            _store_rows(codes_ptr, value, rows, groups, M, K, EVEN)
+    if PACKED and P.scale != "none":
         _store_scales(scales_ptr, scale_code, rows, groups, M, K, P.block, OUT)
+
+
+@triton.jit
+def _above(amax, P: tl.constexpr, OUT: tl.constexpr):
+    """The FP32 scale above what is written."""
+    scale = scale_above(amax, P)
+    return scale / P.value_factor if OUT == 5 and P.value_factor != 1 else scale
 
 
 @triton.jit
@@ -241,38 +253,53 @@ def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr,
                 M, K, stride, M_PADDED,
                 ROW: tl.constexpr, ROW_OUT: tl.constexpr, COL: tl.constexpr, COL_OUT: tl.constexpr,
                 EVEN: tl.constexpr, R: tl.constexpr, B: tl.constexpr, RC: tl.constexpr, BC: tl.constexpr,
-                HARDWARE: tl.constexpr = 0):  # fmt: skip
+                HARDWARE: tl.constexpr = 0, BACK: tl.constexpr = True):  # fmt: skip
     """One tile of x [M, K] (contiguous along K): R × 16·B of it by rows, and the same part by columns (RC × 16·BC).
 
     amax_ptr: FP32 [2], x's and the rotated xᵀ's; [M] if rows have their own.
-    row_ptr: values BF16 [M, K] or codes; col_ptr: values BF16 [M_PADDED, K] or codes of [K, M_PADDED].
+    row_ptr: values BF16 [M, K], or codes or bytes; col_ptr: values BF16 [M_PADDED, K], or codes or bytes of
+    [K, M_PADDED].
     row_scale_ptr, col_scale_ptr: the FP32 scale above them.
     HARDWARE: which conversion instructions to use for E2M1 codes, see conversion.py.
     """
     across = tl.cdiv(K, B * 16)
-    first_row, first_column = tl.program_id(0) // across * R, tl.program_id(0) % across * (B * 16)
+    # Backwards: what the amax kernel read last is still in the cache.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0) if BACK else tl.program_id(0)
+    first_row, first_column = tile // across * R, tile % across * (B * 16)
     if ROW.on:
         rows = first_row + tl.arange(0, R)
         groups = first_column // 16 + tl.arange(0, B)
         if ROW.per_row:
             amax = tl.load(amax_ptr + rows, mask=rows < M, other=0.0)
             if first_column == 0:
-                tl.store(row_scale_ptr + rows, scale_above(amax, ROW), mask=rows < M)
+                tl.store(row_scale_ptr + rows, _above(amax, ROW, ROW_OUT), mask=rows < M)
         else:
             amax = tl.load(amax_ptr)
             if tl.program_id(0) == 0:
-                tl.store(row_scale_ptr, scale_above(amax, ROW))
+                tl.store(row_scale_ptr, _above(amax, ROW, ROW_OUT))
         v = _prepared(_load_rows(x_ptr, rows, groups, stride, M, K, EVEN), ROW)
         _cast_tile(v, rows, groups, amax, row_seed_ptr, row_ptr, row_scales_ptr, M, K, ROW, ROW_OUT, False, EVEN,
                    HARDWARE)  # fmt: skip
     if COL.on:
         amax = tl.load(amax_ptr + 1)
         if tl.program_id(0) == 0:
-            tl.store(col_scale_ptr, scale_above(amax, COL))
+            tl.store(col_scale_ptr, _above(amax, COL, COL_OUT))
         columns = first_column + tl.arange(0, RC)
         groups = first_row // 16 + tl.arange(0, BC)
         v = _prepared(_load_columns(x_ptr, columns, groups, stride, M, K, EVEN), COL)
         _cast_tile(
-            v, columns, groups, amax, col_seed_ptr, col_ptr, col_scales_ptr, K, M_PADDED, COL, COL_OUT, True, EVEN,
+            v,
+            columns,
+            groups,
+            amax,
+            col_seed_ptr,
+            col_ptr,
+            col_scales_ptr,
+            K,
+            M_PADDED,
+            COL,
+            COL_OUT,
+            True,
+            EVEN,
             HARDWARE,
         )

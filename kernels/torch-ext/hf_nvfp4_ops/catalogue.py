@@ -6,7 +6,7 @@ from .cast import amax_kernel, cast_kernel
 from .conversion import NONE, STOCHASTIC, TO_NEAREST
 from .dequantize import dequantize_kernel, factors_kernel
 from .launch import OPTIONS, tile_for, tile_for_values
-from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, NOTHING, VALUES, Plan, Spec, plan
+from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Plan, Spec, plan
 from .variants import Variant
 
 _NVFP4 = Spec()
@@ -15,6 +15,8 @@ _2D = Spec(square=True)
 _RHT, _RHT_SR = Spec(hadamard=16), Spec(hadamard=16, stochastic=True)
 _FP8, _FP8_2D = Spec("e4m3", 128, "float32"), Spec("e4m3", 128, "float32", square=True)
 _E4M3, _E5M2 = Spec("e4m3", 0, "none"), Spec("e5m2", 0, "none")
+_EXACT, _EXACT_2D = Spec(scale_rule="fp8_exact"), Spec(scale_rule="fp8_exact", square=True)
+_EXACT_SR = Spec(scale_rule="fp8_exact", stochastic=True)
 _MXFP4, _MXFP8 = Spec("e2m1", 32, "e8m0"), Spec("e4m3", 32, "e8m0")
 
 # name: row's Spec and output, col's.
@@ -35,6 +37,14 @@ _CASTS = {
     "mxfp4": (_MXFP4, VALUES, _MXFP4._replace(stochastic=True, headroom=4 / 3), VALUES),
     "mxfp8": (_MXFP8._replace(scale_rule="ceil"), VALUES, _MXFP8, CODES),
 }
+# The same with E4M3 bytes, of which sm_80 has no type.
+_FP8_CASTS = {
+    "fp8_exact_x": (_EXACT, FP8, _EXACT._replace(hadamard=16), FP8),
+    "fp8_exact_w": (_EXACT_2D, FP8, None, NOTHING),
+    "fp8_exact_w_across": (None, NOTHING, _EXACT_2D, FP8),
+    "fp8_exact_dy": (_EXACT_SR, FP8, _EXACT_SR._replace(hadamard=16), FP8),
+    "fp8_rounded": (_NVFP4, FP8, _RHT, FP8),
+}
 # Those of them whose codes come from conversion instructions where there are some, and what their PTX then has.
 _TO_NEAREST = ("nvfp4_x", "nvfp4_packed", "nvfp4_native_x", "nvfp4_native_w", "nvfp4_best")
 _CVT_RN, _CVT_RS = r"cvt\.rn\.satfinite\.e2m1x2\.f32", r"cvt\.rs\.satfinite\.e2m1x4\.f32"
@@ -43,7 +53,11 @@ _CVT_RN, _CVT_RS = r"cvt\.rn\.satfinite\.e2m1x2\.f32", r"cvt\.rs\.satfinite\.e2m
 def _data(spec: Spec | None, out: int) -> dict[str, str]:
     """Types of an orientation's outputs."""
     scales = "*fp32" if spec is not None and spec.scale == "float32" else "*u8"
-    return {"": "*i32" if out >= CODES else "*bf16" if out == VALUES else "*u8", "_scales": scales, "_scale": "*fp32"}
+    return {
+        "": "*i32" if out in (CODES, CODES_ACROSS, CODES_SWIZZLED, FP8) else "*bf16" if out == VALUES else "*u8",
+        "_scales": scales,
+        "_scale": "*fp32",
+    }
 
 
 def _cast(
@@ -90,6 +104,7 @@ VARIANTS = [
     _amax("tensor", 0),
     _amax("both", 16),
     *(_cast(name, *arguments) for name, arguments in _CASTS.items()),
+    *(replace(_cast(name, *arguments), min_arch=89) for name, arguments in _FP8_CASTS.items()),
     _cast("nvfp4_x_fp32", *_CASTS["nvfp4_x"], x="*fp32"),
     *(_by_instruction(name, "cvt_rn", TO_NEAREST, _CVT_RN, 120) for name in _TO_NEAREST),
     _by_instruction("nvfp4_native_dy", "cvt_rs", STOCHASTIC, _CVT_RS, 100),  # opt-in

@@ -21,6 +21,7 @@ ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 # ---------------------------------------------------------------------------- bits
 
+
 @triton.jit
 def as_int(v):
     return v.to(tl.int32, bitcast=True)
@@ -40,6 +41,19 @@ def round_bf16(v):
         return tl.where(v == v, rounded, v)
     else:
         return v.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def round_bf16_pairs(v):
+    """`round_bf16` of [R, B, 16], two in one instruction; one by one they take a slow one."""
+    if INTERPRETED:
+        return round_bf16(v)
+    else:
+        R: tl.constexpr = v.shape[0]
+        B: tl.constexpr = v.shape[1]
+        even, odd = tl.split(tl.reshape(v, (R, B, 8, 2)))
+        both = tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", (even, odd), tl.int32, True, 1)
+        return tl.reshape(tl.join(as_float(both << 16), as_float(both & -65536)), (R, B, 16))
 
 
 @triton.jit
@@ -74,22 +88,34 @@ def random_words(rows, groups, seed_ptr):
     words = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
     by_row = mix((rows ^ tl.load(seed_ptr)).to(tl.uint32, bitcast=True))
     by_word = mix((~words ^ tl.load(seed_ptr + 1)).to(tl.uint32, bitcast=True))
-    return mix(by_row[:, None, None] ^ by_word[None, :, :])
+    h = by_row[:, None, None] ^ by_word[None, :, :]
+    return h * 0x9E3779B1 ^ tl.umulhi(h, tl.full(h.shape, 0x9E3779B1, tl.uint32))
 
 
 @triton.jit
-def dither(word, G: tl.constexpr):
-    """For each element of [R, B, 16] a draw in (-1/2, 1/2) × the grid's step per power of two: 8 bits, 4 a word."""
+def draws16(word, G: tl.constexpr):
+    """int32 [R, B, 8]: what to add to pairs of FP16 before the cut, from words [R, B, 4]: bytes 0 and 2, then 1 and 3."""
     R: tl.constexpr = word.shape[0]
     B: tl.constexpr = word.shape[1]
-    # Each byte within an FP32 mantissa, where it takes the fewest instructions to put: then centred. Exact.
-    places = (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, None, :]
-    byte = ((word[:, :, :, None] >> places) & 0xFF) << 8
-    bits = tl.reshape(byte | G.dither_bits, (R, B, 16))
-    return bits.to(tl.float32, bitcast=True) - G.dither_centre
+    places: tl.constexpr = 0x00FF00FF << G.cut - 8
+    both = tl.join((word << G.cut - 8) & places, (word >> 16 - G.cut) & places)
+    half: tl.constexpr = 0x00010001 << G.cut - 9 if G.cut > 8 else 0
+    return tl.reshape(both, (R, B, 8)).to(tl.int32, bitcast=True) + half
+
+
+@triton.jit
+def draws32(word, G: tl.constexpr):
+    """int32 [R, B, 16]: the same for FP32, from words [R, B, 4]."""
+    R: tl.constexpr = word.shape[0]
+    B: tl.constexpr = word.shape[1]
+    i = tl.arange(0, 4)
+    places = ((i & 1) * 16 + (i >> 1) * 8).to(tl.uint32)[None, None, None, :]
+    byte = ((word[:, :, :, None] >> places) & 0xFF) << G.cut - 8
+    return tl.reshape(byte.to(tl.int32, bitcast=True), (R, B, 16)) + (1 << G.cut - 9)
 
 
 # ---------------------------------------------------------------------------- addresses
+
 
 @triton.jit
 def swizzled_at(rows, blocks, tiles_across):
@@ -102,6 +128,7 @@ def swizzled_at(rows, blocks, tiles_across):
 
 
 # ---------------------------------------------------------------------------- 16 neighbours
+
 
 @triton.jit
 def halves(v, H: tl.constexpr):
@@ -156,6 +183,7 @@ def rotate(v, SIZE: tl.constexpr):
 
 # ---------------------------------------------------------------------------- elements
 
+
 @triton.jit
 def power_of_two(v):
     """The power of two at or below each normal |v|; 0 for subnormals, inf for NaN."""
@@ -163,18 +191,15 @@ def power_of_two(v):
 
 
 @triton.jit
-def round_magnitude(m, draws, STOCHASTIC: tl.constexpr, G: tl.constexpr):
-    """m in [0, max] -> (sum, magic): sum - magic is m rounded to the grid, the low bits of sum are its step count."""
-    power = tl.maximum(power_of_two(m), G.min_normal)
-    if STOCHASTIC:
-        m = tl.fma(draws, power, m)  # the product is exact
-    magic = power * G.magic
-    return m + magic, magic
+def round_nearest(v, G: tl.constexpr):
+    """|v| up to max -> (sum, magic): sum - magic is v rounded to the grid, sum's low bits are its step count if v >= 0."""
+    magic = as_float(tl.maximum((as_int(v) & 0x7F800000) + G.magic, G.least_magic))
+    return v + magic, magic
 
 
 @triton.jit
-def magnitude_code(sum, G: tl.constexpr):
-    """The code without sign of what `round_magnitude` rounded."""
+def nearest_code(sum, G: tl.constexpr):
+    """The code of what `round_nearest` rounded, v >= 0."""
     bits = as_int(sum)
     return (bits & G.mask) + (bits >> G.shift) - G.offset
 
@@ -182,9 +207,9 @@ def magnitude_code(sum, G: tl.constexpr):
 @triton.jit
 def round_positive(v, G: tl.constexpr):
     """v >= 0 rounded to nearest, saturating -> (value, code); NaN stays NaN."""
-    sum, magic = round_magnitude(tl.minimum(v, G.max), v, False, G)
+    sum, magic = round_nearest(tl.minimum(v, G.max), G)
     finite = v == v
-    return tl.where(finite, sum - magic, v), tl.where(finite, magnitude_code(sum, G), G.nan_code)
+    return tl.where(finite, sum - magic, v), tl.where(finite, nearest_code(sum, G), G.nan_code)
 
 
 @triton.jit
@@ -194,9 +219,69 @@ def with_sign(value, v):
 
 
 @triton.jit
-def signed_code(sum, v, G: tl.constexpr):
-    """Codes with their sign bit, which is set where v < 0."""
-    code = magnitude_code(sum, G)
+def half_pairs(v):
+    """FP32 [R, B, 16] rounded to FP16 (ties to even), the bits of two neighbours a word: int32 [R, B, 8]."""
+    R: tl.constexpr = v.shape[0]
+    B: tl.constexpr = v.shape[1]
+    even, odd = tl.split(tl.reshape(v, (R, B, 8, 2)))
+    if INTERPRETED:  # it runs no PTX
+        low = even.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        return low | odd.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    else:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", (even, odd), tl.int32, True, 1)
+
+
+@triton.jit
+def stochastic_pairs(v, rows, groups, seed_ptr, G: tl.constexpr):
+    """[R, B, 16], |v| up to max, rounded stochastically: FP16 bits, times `lower`, two a word: int32 [R, B, 8]."""
+    keep: tl.constexpr = (0xFFFF >> G.cut << G.cut) * 0x00010001 - (1 << 32)
+    return half_pairs(v * G.lower) + draws16(random_words(rows, groups, seed_ptr), G) & keep
+
+
+@triton.jit
+def stochastic_bits(v, rows, groups, seed_ptr, G: tl.constexpr):
+    """[R, B, 16], |v| up to max, rounded stochastically: bits of the wide format, times `lower`, one a word."""
+    R: tl.constexpr = v.shape[0]
+    B: tl.constexpr = v.shape[1]
+    if G.wide == 16:
+        pairs = stochastic_pairs(v, rows, groups, seed_ptr, G)
+        return tl.reshape(tl.join(pairs & 0xFFFF, (pairs >> 16) & 0xFFFF), (R, B, 16))
+    else:
+        return as_int(v * G.lower) + draws32(random_words(rows, groups, seed_ptr), G) & -(1 << G.cut)
+
+
+@triton.jit
+def element_values(v, rows, groups, seed_ptr, STOCHASTIC: tl.constexpr, SATURATE: tl.constexpr, G: tl.constexpr):
+    """[R, B, 16] rounded to the grid, in FP32. rows, groups: where, for the random bits of stochastic rounding.
+
+    SATURATE: else |v| must round to max at most, or it becomes something above; and the sign of a zero is lost.
+    """
+    m = tl.minimum(tl.abs(v), G.max) if SATURATE else v
+    if STOCHASTIC:
+        bits = stochastic_bits(m, rows, groups, seed_ptr, G)
+        if G.wide == 16:
+            value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * (1 / G.lower)
+        else:
+            value = as_float(bits) * G.lift
+    else:
+        sum, magic = round_nearest(m, G)
+        value = sum - magic
+    if SATURATE:
+        if G.bits == 8:
+            value = tl.where(v == v, value, v)
+        value = with_sign(value, v)
+    return value
+
+
+@triton.jit
+def element_codes(v, rows, groups, seed_ptr, STOCHASTIC: tl.constexpr, G: tl.constexpr):
+    """[R, B, 16] rounded to the grid and saturated, as codes with a sign bit, which is set where v < 0."""
+    m = tl.minimum(tl.abs(v), G.max)
+    if STOCHASTIC:
+        code = stochastic_bits(m, rows, groups, seed_ptr, G) >> G.cut
+    else:
+        sum, _ = round_nearest(m, G)
+        code = nearest_code(sum, G)
     code = tl.where(v < 0, code + (1 << G.bits - 1), code)
     if G.bits == 8:
         code = tl.where(v == v, code, G.nan_code)
@@ -206,14 +291,14 @@ def signed_code(sum, v, G: tl.constexpr):
 @triton.jit
 def decode(code, G: tl.constexpr):
     """int32 codes of a grid -> FP32."""
-    # A code's exponent and mantissa are FP32's but for the bias, which the factor moves; subnormals included.
-    value = as_float((code & (1 << G.bits - 1) - 1) << G.shift) * G.decode_factor
+    value = as_float((code & (1 << G.bits - 1) - 1) << G.shift) * G.lift
     if G.bits == 8:
         value = tl.where((code & 0x7F) == G.nan_code, float("nan"), value)
     return as_float(as_int(value) | (code >> G.bits - 1) << 31)
 
 
 # ---------------------------------------------------------------------------- block scales
+
 
 @triton.jit
 def over_block(a, P: tl.constexpr, rows: tl.constexpr):
@@ -254,18 +339,15 @@ def scale_above(amax, P: tl.constexpr):
 
 
 @triton.jit
-def _error(v, wanted, inverse, scale, first, P: tl.constexpr, rows: tl.constexpr):
-    """How far [R, B] blocks are from `wanted` (v times the FP32 scale) if their scale is `scale`.
+def _error(value, wanted, first, P: tl.constexpr, rows: tl.constexpr):
+    """How far each [R, B] block of values is from `wanted` (x times the FP32 scale).
 
     Absolute or squared differences, summed in the reference's order: halves of 16, or in square blocks after
     rounding to a fixed point that depends on the `first` candidate, where every order is exact.
     """
-    G: tl.constexpr = P.grid
-    R: tl.constexpr = v.shape[0]
-    B: tl.constexpr = v.shape[1]
-    v = v * inverse[:, :, None]
-    sum, magic = round_magnitude(tl.minimum(tl.abs(v), G.max), v, False, G)
-    difference = with_sign((sum - magic) * scale[:, :, None], v) - wanted
+    R: tl.constexpr = value.shape[0]
+    B: tl.constexpr = value.shape[1]
+    difference = value - wanted
     term = tl.abs(difference) if P.absolute_error else difference * difference
     if P.square:
         power = tl.maximum(power_of_two(first), 0.001953125)
@@ -283,8 +365,44 @@ def inverse_of(scale, down):
 
 
 @triton.jit
-def e4m3_scales(v, amax, P: tl.constexpr, rows: tl.constexpr):
-    """E4M3 block scales under the tensor's or the rows' amax."""
+def round_fp8_exact(v, UP: tl.constexpr):
+    """v >= 0 rounded to {1, 1.25, 1.5}·2^e in 2^-6 ... 64 -> (value, its E4M3 code); NaN stays NaN.
+
+    UP: to the next one above; else by the bounds 1.125, 1.40625 and 1.734375.
+    """
+    bits = as_int(v)
+    mantissa = bits & 0x7FFFFF
+    if UP:
+        chosen = tl.where(mantissa > 0x400000, 0x800000, tl.where(mantissa > 0x200000, 0x400000, 0x200000))
+        chosen = tl.where(mantissa > 0, chosen, 0)
+    else:
+        chosen = tl.where(mantissa > 0x5E0000, 0x800000, tl.where(mantissa > 0x340000, 0x400000, 0x200000))
+        chosen = tl.where(mantissa > 0x100000, chosen, 0)
+    bits = tl.minimum(tl.maximum((bits & 0x7F800000) + chosen, 121 << 23), 133 << 23)
+    finite = v == v
+    return tl.where(finite, as_float(bits), v), tl.where(finite, (bits >> 20) - 960, 0x7F)
+
+
+@triton.jit
+def round_scale(v, P: tl.constexpr):
+    """An ideal block scale >= 0 -> (the E4M3 scale that the plan's rule stores, its code)."""
+    E4M3: tl.constexpr = P.scale_grid
+    if P.rule == "fp8_exact":
+        return round_fp8_exact(v, P.stochastic)
+    else:
+        return round_positive(v, E4M3)
+
+
+@triton.jit
+def _to_nearest(v, scale, inverse, SATURATE: tl.constexpr, P: tl.constexpr):
+    """v under a block scale: element × scale."""
+    G: tl.constexpr = P.grid
+    return element_values(v * inverse[:, :, None], scale, scale, scale, False, SATURATE, G) * scale[:, :, None]
+
+
+@triton.jit
+def e4m3_scales(v, amax, SATURATE: tl.constexpr, P: tl.constexpr, rows: tl.constexpr):
+    """E4M3 block scales under the tensor's or the rows' amax; last, element × scale where the rule tries scales."""
     E4M3: tl.constexpr = P.scale_grid
     up = encode_scale(amax, P)
     down = tl.div_rn(1.0, up)
@@ -292,26 +410,30 @@ def e4m3_scales(v, amax, P: tl.constexpr, rows: tl.constexpr):
     if P.per_row:
         up, share, down = up[:, None], share[:, None], down[:, None]
     ideal = over_block(largest16(v), P, rows) * share
-    scale, code = round_positive(ideal, E4M3)
+    scale, code = round_scale(ideal, P)
     inverse = inverse_of(scale, down)
-    if P.rule != "amax":
+    value = v
+    if len(P.offsets) > 0:
         wanted = v * (up if up.shape == () else up[:, :, None])
         first, first_code = scale, code
-        least = _error(v, wanted, inverse, scale, first, P, rows)
+        value = _to_nearest(v, scale, inverse, SATURATE, P)
+        least = _error(value, wanted, first, P, rows)
         for i in tl.static_range(len(P.offsets)):
             if P.rule == "best":
                 other_code = tl.minimum(tl.maximum(first_code + P.offsets[i], 1), 126)
                 other = decode(other_code, E4M3)
             else:
-                other, other_code = round_positive(ideal * P.offsets[i], E4M3)
+                other, other_code = round_scale(ideal * P.offsets[i], P)
             other_inverse = inverse_of(other, down)
-            error = _error(v, wanted, other_inverse, other, first, P, rows)
+            other_value = _to_nearest(v, other, other_inverse, SATURATE, P)
+            error = _error(other_value, wanted, first, P, rows)
             better = error < least
             least = tl.where(better, error, least)
+            value = tl.where(better[:, :, None], other_value, value)
             scale = tl.where(better, other, scale)
             inverse = tl.where(better, other_inverse, inverse)
             code = tl.where(better, other_code, code)
-    return inverse, scale, code
+    return inverse, scale, code, value
 
 
 @triton.jit
@@ -327,23 +449,25 @@ def e8m0_scales(v, P: tl.constexpr, rows: tl.constexpr):
 
 
 @triton.jit
-def block_scales(v, amax, P: tl.constexpr, rows: tl.constexpr):
+def block_scales(v, amax, SATURATE: tl.constexpr, P: tl.constexpr, rows: tl.constexpr):
     """Tile [R, B, 16] -> (inverse, scale, code) [R, B]: what elements are multiplied by, the block scale, its byte.
 
-    amax: FP32 scalar, or [R] if the plan is per row. rows: of a square block.
+    Last, element × scale [R, B, 16] if the plan's rule tries several scales (P.offsets); else v.
+    amax: FP32 scalar, or [R] if the plan is per row. rows: of a square block. SATURATE: see `element_values`.
     """
-    if P.scale == "none":
+    if P.scale == "e4m3":
+        return e4m3_scales(v, amax, SATURATE, P, rows)
+    elif P.scale == "none":
         inverse = tl.div_rn(1.0, scale_above(amax, P))
         if P.per_row:
             inverse = inverse[:, None]
         zero = tl.zeros((v.shape[0], v.shape[1]), tl.float32)
-        return zero + inverse, zero + 1.0, zero
+        return zero + inverse, zero + 1.0, zero, v
     elif P.scale == "float32":
         largest = over_block(largest16(v), P, rows)
         scale = tl.where(largest == 0, 1.0, tl.div_rn(largest, P.element_room))
         scale = tl.maximum(scale, FLOAT32_TINY, propagate_nan=ALL)
-        return tl.div_rn(1.0, scale), scale, scale
-    elif P.scale == "e8m0":
-        return e8m0_scales(v, P, rows)
+        return tl.div_rn(1.0, scale), scale, scale, v
     else:
-        return e4m3_scales(v, amax, P, rows)
+        inverse, scale, code = e8m0_scales(v, P, rows)
+        return inverse, scale, code, v

@@ -19,7 +19,7 @@ from . import blas
 from .cast import amax_kernel, cast_kernel
 from .dequantize import dequantize_kernel, factors_kernel
 from .launch import INTERPRETED, Launcher, Tile, hardware, on, processors, tile_for, tile_for_values
-from .spec import CODES_ACROSS, CODES_SWIZZLED, NAMESPACE, NOTHING, VALUES, Plan, plan
+from .spec import CODES_ACROSS, CODES_SWIZZLED, FP8, NAMESPACE, NOTHING, VALUES, Plan, plan
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AMAX, _CAST, _DEQUANTIZE, _FACTORS = map(Launcher, (amax_kernel, cast_kernel, dequantize_kernel, factors_kernel))
@@ -70,6 +70,7 @@ def padded(m: int) -> int:
 
 # ---------------------------------------------------------------------------- amax
 
+
 @functools.cache
 def _amax_plan(row: bool, col_hadamard: int) -> tuple[Plan, Plan, Tile]:
     separate = col_hadamard > 0
@@ -107,13 +108,15 @@ def amax(x: Tensor, row: bool, col_hadamard: int) -> Tensor:
 
 # ---------------------------------------------------------------------------- cast
 
+
 @functools.cache
 def _cast_plan(row: str | None, row_out: int, col: str | None, col_out: int) -> tuple[Plan, Plan, Tile]:
     for name, spec, out in (("row", row, row_out), ("col", col, col_out)):
-        if out not in range(5) or (spec is None) != (out == NOTHING):
-            raise ValueError(f"{name}_out={out} for {name}={spec!r}: 0 goes with None, 1 to 4 with a Spec")
-        if out == CODES_SWIZZLED and plan(spec).scale != "e4m3":
-            raise ValueError(f"{name}: only E4M3 scales are swizzled")
+        if out not in range(6) or (spec is None) != (out == NOTHING):
+            raise ValueError(f"{name}_out={out} for {name}={spec!r}: 0 goes with None, 1 to 5 with a Spec")
+        if out in (CODES_SWIZZLED, FP8) and plan(spec).scale != "e4m3":
+            what = "swizzled" if out == CODES_SWIZZLED else "multiplied into E4M3 bytes"
+            raise ValueError(f"{name}: only E4M3 scales are {what}")
     if row and col and plan(row).per_row:
         raise ValueError("a row cast with per-row scales goes alone: xᵀ has an amax of its own")
     if col and plan(col).per_row:
@@ -129,6 +132,8 @@ def _outputs(x: Tensor, m: int, k: int, p: Plan, out: int, transposed: bool) -> 
     above = x.new_empty((m, 1) if p.per_row else (), dtype=torch.float32)
     if out == VALUES:
         return [x.new_empty((k, m) if transposed else (m, k), dtype=torch.bfloat16), above]
+    if out == FP8:
+        return [x.new_empty((m, k), dtype=torch.uint8), above]
     width = 16 * p.grid.bits // 8
     codes = x.new_empty((k // 16, m, width) if out == CODES_ACROSS else (m, k // 16 * width), dtype=torch.uint8)
     if p.scale == "none":
@@ -171,12 +176,14 @@ def cast(
         row_seed, col_seed: int32 [2] for stochastic rounding.
         row, col: text of a Spec, or None.
         row_out, col_out: 0 nothing, 1 BF16 values (code × block scale), 2 packed codes and scales, 3 the same with
-            the scales padded and swizzled for tensor cores, 4 the same block after block.
+            the scales padded and swizzled for tensor cores, 4 the same block after block, 5 E4M3 bytes of code ×
+            block scale (an eighth of it, but for the scale rule "fp8_exact") as FP8 tensor cores want them: from
+            compute capability 8.9 on.
 
     Returns:
-        What row writes, then what col writes, each: values [M, K] or codes [M, K·bits/8]; with codes, block scales
+        What row writes, then what col writes, each: values or bytes [M, K] or codes [M, K·bits/8]; with codes, scales
         [M, ceil(K/block)] (uint8, or FP32) if there are some; the FP32 scale above them, scalar or [M, 1].
-        Col is an operand [K, M'], M' being M padded to 16, but its values have x's layout, [M', K].
+        Col is an operand [K, M'], M' being M padded to 16, but its BF16 values have x's layout, [M', K].
         Output 4: codes [K/16, M, 2·bits], scales [ceil(K/block), M], for col [M'/16, K, 2·bits] and so on.
 
     Raises:
@@ -207,6 +214,7 @@ def cast(
 
 
 # ---------------------------------------------------------------------------- dequantize, multiply
+
 
 def _values_like(codes: Tensor, scales: Tensor | None, spec: str, across: bool) -> Tensor:
     if across:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 # Of the operators: this package's own name, whatever it was loaded as.
 NAMESPACE = re.sub(r"\W", "_", __package__ or "hf_nvfp4_ops")
 # What an orientation writes: BF16 values, or codes and scales; SWIZZLED: the scales as FP4 tensor cores want them;
-# ACROSS: codes and scales of 16 neighbours together, block after block, as x lies in memory.
-NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS = range(5)
+# ACROSS: codes and scales of 16 neighbours together, block after block, as x lies in memory. FP8: E4M3 bytes of code ×
+# block scale, exact under the rule "fp8_exact"; else an eighth of it, rounded, and 8 times the FP32 scale above.
+NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS, FP8 = range(6)
 ELEMENT_MAX = {"e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0}
 SCALES = ("e4m3", "e8m0", "float32", "none")
 
@@ -38,7 +39,8 @@ class Spec(NamedTuple):
     square: blocks of block × block elements. stochastic: rounding; else to nearest, ties to even.
     hadamard: size of the random Hadamard transform along K that comes first (2, 4, 8 or 16); 0: none.
     headroom: factor on the scales. per_row: the FP32 scale is one for each row.
-    scale_rule: "amax", "ceil", "4over6", "4over6_mse" or "best": how a block's scale follows from its elements.
+    scale_rule: "amax", "ceil", "4over6", "4over6_mse", "best" or "fp8_exact": how a block's scale follows from its
+        elements.
     """
 
     element: str = "e2m1"
@@ -76,7 +78,7 @@ class Spec(NamedTuple):
         rules = RULES.get(self.scale, ("amax",))
         if self.scale_rule not in rules:
             raise ValueError(f"scale rule {self.scale_rule!r} with scale {self.scale!r}; it has {', '.join(rules)}")
-        if self.scale_rule in _OTHER_SCALES and self.stochastic:
+        if self.scale_rule in _OTHER_SCALES and self.scale_rule != "fp8_exact" and self.stochastic:
             raise ValueError(f"scale rule {self.scale_rule!r} measures the error of rounding to nearest")
         if not isinstance(self.headroom, (int, float)) or not self.headroom >= 1:
             raise ValueError(f"headroom={self.headroom!r}; give a number of at least 1")
@@ -89,35 +91,45 @@ class Spec(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A small float's rounding in FP32 arithmetic: adding `magic` × (power of two) rounds to its step."""
+    """A small float's rounding.
+
+    To nearest, in FP32: adding 1.5 · 2^(23 - mantissa) × (power of two) rounds to the nearest: `magic` is what to add to the bits of the
+    power for that, `least_magic` the bits for numbers below the smallest normal. Stochastically, in FP16 or FP32
+    (`wide`): times `lower` its exponents are those of the wide format, subnormals too, and what is left when the lower
+    `cut` bits are cut off, shifted, is the code. `shift` and `lift` (the inverse of `lower`) are the same for FP32.
+    """
 
     max: float
     min_normal: float
-    magic: float
-    dither_bits: int  # FP32 bits of 128 steps, in units of the power of two
-    dither_centre: float
+    magic: int
+    least_magic: int
     mask: int
     shift: int
     offset: int
-    decode_factor: float  # FP32 bits with a code as exponent and mantissa, times this: its value
+    lift: float
+    wide: int
+    cut: int
+    lower: float
     nan_code: int
     bits: int
 
 
 def _grid(exponent_bits: int, mantissa: int, largest: float, nan_code: int) -> Grid:
     smallest = 2 - 2 ** (exponent_bits - 1)
+    wide = 16 if mantissa < 3 else 32  # at least 8 bits to cut
     return Grid(
         max=largest,
         min_normal=2.0**smallest,
         # 1.5, so that a negative number added to it stays in the same binade.
-        magic=1.5 * 2.0 ** (23 - mantissa),
-        # 128 steps + byte / 256 of a step, the byte eight bits from the end; the centre is at 127.5 of 256.
-        dither_bits=134 - mantissa << 23,
-        dither_centre=(128 + 127.5 / 256) * 2.0**-mantissa,
+        magic=(23 - mantissa << 23) + (1 << 22),
+        least_magic=(smallest + 150 - mantissa << 23) + (1 << 22),
         mask=2 ** (mantissa + 2) - 1,
         shift=23 - mantissa,
         offset=(smallest + 150 - mantissa << mantissa) + (1 << mantissa - 1),
-        decode_factor=2.0 ** (smallest + 126),
+        lift=2.0 ** (smallest + 126),
+        wide=wide,
+        cut=(10 if wide == 16 else 23) - mantissa,
+        lower=2.0 ** -(smallest + (14 if wide == 16 else 126)),
         nan_code=nan_code,
         bits=1 + exponent_bits + mantissa,
     )
@@ -152,10 +164,13 @@ class Plan(NamedTuple):
     carry: int = 0  # what rounds amax's bits up to a power of two, relative to the largest element
     shrink: float = 1.0  # 1 / headroom
     absolute_error: bool = False
-    offsets: tuple = ()  # the other candidates for a scale: factors ("4over6"), or steps of its byte ("best")
+    offsets: tuple = ()  # the other candidates for a scale: factors, or steps of its byte ("best")
+    value_factor: float = 1.0  # of what output FP8 writes
 
 
-_OTHER_SCALES = {"4over6": (1.5,), "4over6_mse": (1.5,), "best": (-1, 5)}
+_OTHER_SCALES = {"4over6": (1.5,), "4over6_mse": (1.5,), "best": (-1, 5), "fp8_exact": (1.5,)}
+# The largest block scale: where another than the amax's may be chosen, there is room above that; and 6 · 64 fits E4M3.
+_SCALE_MAX = {"4over6": 256.0, "4over6_mse": 256.0, "best": 256.0, "fp8_exact": 64.0}
 RULES = {"e4m3": ("amax", *_OTHER_SCALES), "e8m0": ("amax", "ceil")}
 
 
@@ -166,8 +181,9 @@ def plan(text: str | None) -> Plan:
         return Plan(False)
     spec = Spec.parse(text)
     element = GRIDS[spec.element]
-    top = 256.0 if spec.scale_rule in _OTHER_SCALES else 448.0
+    top = _SCALE_MAX.get(spec.scale_rule, 448.0)
     ceil = spec.scale_rule == "ceil"
+    chooses = not spec.stochastic  # "fp8_exact" rounds the scale up then
     return Plan(
         True,
         grid=element,
@@ -187,5 +203,6 @@ def plan(text: str | None) -> Plan:
         carry=int((2 - element.max / 2.0 ** (int(element.max).bit_length() - 1)) * 2**23) - 1 if ceil else 0,
         shrink=1 / spec.headroom,
         absolute_error=spec.scale_rule == "4over6",
-        offsets=_OTHER_SCALES.get(spec.scale_rule, ()),
+        offsets=_OTHER_SCALES.get(spec.scale_rule, ()) if chooses else (),
+        value_factor=1.0 if spec.scale_rule == "fp8_exact" else 0.125,
     )
