@@ -102,8 +102,8 @@ CHOOSING_RULES = ("4over6", "4over6_mse", "best")
 # significands are 1 and 1.5, that needs E4M3's four bits and stays between its 2^-9 and 448.
 FP8_EXACT_SIGNIFICANDS = (1.0, 1.25, 1.5)
 FP8_EXACT_RANGE = (2.0**-6, 64.0)
-# Up to these an ideal scale between 1 and 2 is rounded to 1, 1.25 and 1.5. Tuned for the least squared error on N(0, 1),
-# 8.27e-3 of the signal's; midpoints give 8.29e-3. Below 1.75 no element reaches 7, half way from 6 to E2M1's next binade.
+# Up to these an ideal scale between 1 and 2 is rounded to 1, 1.25 and 1.5. Tuned for the least squared error on
+# N(0, 1), 8.27e-3 of the signal's; midpoints give 8.29e-3. Below 1.75 no element reaches 7, half way from 6 to 8.
 FP8_EXACT_BOUNDS = (9 / 8, 45 / 32, 111 / 64)
 
 FORMATS = {

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from hf_nvfp4.formats import CHOOSING_RULES, FORMATS, SCALE_RULES, BlockFormat
 
 ROUNDINGS = ("nearest", "stochastic")
-OUTER_SCALES = ("tensor", "row")
+OUTER_SCALES = ("tensor", "row", "bound")
 GEMM_CHOICES = ("all", "forward")
 
 # What makes stochastic rounding unbiased: E4M3 rounds a block scale down by at most a factor 16/17.
@@ -54,7 +54,9 @@ class Cast:
         up: it becomes the tensor scale, a constant (`MX_SR_HEADROOM` for mxfp4).
     outer: whether the FP32 scale above the blocks covers the "tensor" or each "row". Per-row scales do
         not let one token's codes depend on another's: inference uses them. They are not what a native
-        NVFP4 GEMM takes.
+        NVFP4 GEMM takes. "bound" covers the tensor too, but follows from its largest magnitude before the
+        rotation, times sqrt(hadamard), the most that a rotation makes of it: the rotated tensor need not be looked
+        at first. It costs some of the smallest block scales.
     scale_rule: how a block's scale is chosen, one of the format's rules in `formats.SCALE_RULES`.
     """
 
@@ -86,8 +88,10 @@ class Cast:
             )
         if self.block_format.high_precision and (self.hadamard or self.headroom != 1.0 or self.outer == "row"):
             raise ValueError(f"format {self.format!r} has no scales and no blocks; it takes rounding only")
-        if self.outer == "row" and not self.block_format.tensor_scale:
-            raise ValueError(f"format {self.format!r} has no FP32 scale above its blocks that could be each row's")
+        if self.outer != "tensor" and not self.block_format.tensor_scale:
+            raise ValueError(f"format {self.format!r} has no FP32 scale above its blocks; outer={self.outer!r} needs it")
+        if self.outer == "bound" and not self.hadamard:
+            raise ValueError("outer='bound' is for casts with a Hadamard transform; without one, use outer='tensor'")
         self._check_scale_rule()
 
     def _check_scale_rule(self):
@@ -122,8 +126,8 @@ class Cast:
             parts.append(self.scale_rule)
         if self.headroom != 1.0:
             parts.append(f"headroom {self.headroom:g}")
-        if self.outer == "row":
-            parts.append("per-row scale")
+        if self.outer != "tensor":
+            parts.append({"row": "per-row scale", "bound": "scale by bound"}[self.outer])
         return " ".join(parts)
 
 
@@ -266,8 +270,8 @@ SR_HEAD = Cast(rounding="stochastic", headroom=SR_HEADROOM)
 SR_H_HEAD = Cast(rounding="stochastic", headroom=SR_HEADROOM, hadamard=16)
 RN_FP8, RN_FP8_2D = Cast(scale_rule="fp8_exact"), Cast(square=True, scale_rule="fp8_exact")
 SR_FP8 = Cast(rounding="stochastic", scale_rule="fp8_exact")
-RN_FP8_H = Cast(hadamard=16, scale_rule="fp8_exact")
-SR_FP8_H = Cast(rounding="stochastic", hadamard=16, scale_rule="fp8_exact")
+RN_FP8_H = Cast(hadamard=16, outer="bound", scale_rule="fp8_exact")
+SR_FP8_H = Cast(rounding="stochastic", hadamard=16, outer="bound", scale_rule="fp8_exact")
 FP8, FP8_2D = Cast("fp8_e4m3_block"), Cast("fp8_e4m3_block", square=True)
 E4M3_T, E5M2_T = Cast("fp8_e4m3"), Cast("fp8_e5m2")
 

@@ -231,11 +231,16 @@ def _one_level(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
 def prepare(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a cast needs to know of the whole tensor: x (rotated if the cast says so), its amax, a seed for SR.
 
-    amax: scalar, or [M, 1] with per-row scales; unused by formats without a tensor scale.
+    amax: scalar (where the cast says so, the bound that it has before the rotation), or [M, 1] with per-row scales;
+        unused by formats without a tensor scale.
     """
+    amax = torch.ones((), device=x.device)
+    if cast.outer == "bound":
+        amax = _amax(x, cast.outer).float() * cast.hadamard**0.5
     if cast.hadamard:
         x = rotate(x, cast.hadamard)
-    amax = _amax(x, cast.outer).float() if cast.block_format.tensor_scale else torch.ones((), device=x.device)
+    if cast.outer != "bound" and cast.block_format.tensor_scale:
+        amax = _amax(x, cast.outer).float()
     return x, amax, draw_seed(x.device, generator) if cast.rounding == "stochastic" else None
 
 

@@ -45,9 +45,9 @@ def _stochastic(magnitude: Tensor, element: Element, random: Tensor) -> Tensor:
     """Stochastic rounding of FP32 magnitudes up to the element's largest by the bits of a wider format.
 
     Magnitudes are written in FP16 (FP32 for elements of three bits of significand), its smallest normal number standing
-    for the element's, so that the grid is what is left when the lower bits are cut off, subnormals included. (byte + 1/2)
-    / 256 of what the last bit left is worth is added before the cut. So a value on the grid never moves, and one k/256
-    of a step above it goes up for exactly k of the 256 bytes.
+    for the element's, so that the grid is what is left when the lower bits are cut off, subnormals included. Before the
+    cut, (byte + 1/2) / 256 of what the last bit left is worth is added. So a value on the grid never moves, and one
+    k/256 of a step above it goes up for exactly k of the 256 bytes.
     """
     wide, bits = (torch.float16, torch.int16) if element.mantissa_bits < 3 else (torch.float32, torch.int32)
     info = torch.finfo(wide)

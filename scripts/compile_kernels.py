@@ -55,7 +55,6 @@ def find_variants(package: str, patterns: list[str]) -> dict:
 
 # ---------------------------------------------------------------------------- the worker: may crash
 
-
 def source_of(variant):
     """Triton's description of what a launch of this variant compiles."""
     from triton.compiler import ASTSource
@@ -114,7 +113,6 @@ def worker(package: str, arch: int) -> None:
 
 
 # ---------------------------------------------------------------------------- the parent: may not
-
 
 def compile_all(package: str, arch: int, names: list[str]) -> Iterator[tuple[str, dict]]:
     """(name, result) of each; a worker that dies takes only the variant with it that it was at."""

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "compile_kernels.py"
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 # A package of kernels: in order, one that compiles, and every way not to.
-PACKAGE = """
+PACKAGE = '''
 import os
 import triton
 import triton.language as tl
@@ -47,7 +47,7 @@ VARIANTS = [
     Variant("lacking", copy, TYPES, SIZE, expect={90: "wgmma"}),
     Variant("good_again", copy, TYPES, SIZE, options={"num_warps": 8}),
 ]
-"""
+'''
 
 
 def compile_kernels(*arguments, **environment):

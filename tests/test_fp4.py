@@ -75,7 +75,6 @@ def test_the_stand_in_multiplies_golden_operands(golden):
 
 # ---------------------------------------------------------------------------- layouts
 
-
 @pytest.mark.parametrize("mode", ["1d", "2d"])
 def test_operands_are_golden_bytes(golden, mode):
     for key in [n for n in golden if n.startswith(f"{mode}/") and n.endswith("row_scale_swizzled")]:
@@ -149,7 +148,6 @@ def test_an_operand_is_small_and_rebuilt_from_its_tensors():
 
 # ---------------------------------------------------------------------------- what runs
 
-
 def _gpu(monkeypatch, capability, name="NVIDIA"):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -204,7 +202,6 @@ def test_refuses_what_the_hardware_has_not(blackwell):
 
 
 # ---------------------------------------------------------------------------- training
-
 
 @pytest.mark.parametrize("tokens", [1, 7, 33, 128, 257])
 @pytest.mark.parametrize("recipe", [NEAREST, "nvfp4", "nvfp4_unbiased"], ids=str)

@@ -1,5 +1,6 @@
 """What the kernels' operators refuse, before any launch and in words."""
 
+
 import pytest
 import torch
 
@@ -32,7 +33,7 @@ def bad_casts(x):
     yield "amax is on meta, x on", (x, two.to("meta"), *row)
     yield "row_seed is on meta", (x, two, seed.to("meta"), *draw)
     yield r"amax must be contiguous torch.float32 \[2\], not torch.bfloat16", (x, two.bfloat16(), *row)
-    yield r"amax must be .* \[2\], not torch.float32 \[1\]", (x, two[:1], *row)
+    yield r"amax must be .* \[2\], not torch.float32 \[1\]", (x, two[:1], None, None, None, NOTHING, rn, VALUES)
     yield r"amax must be .* \[32\], not .* \[2\]", (x, two, None, None, per_row, VALUES, None, NOTHING)
     yield "amax must be .* not a strided", (x, torch.ones(4, device=x.device)[::2], *row)
     yield r"seed, int32 \[2\]", (x, two, None, *draw)
@@ -41,7 +42,7 @@ def bad_casts(x):
     yield "per-row scales goes alone", (x, x[:, 0].abs().contiguous(), None, None, per_row, VALUES, rn, VALUES)
     yield "only E4M3 scales are swizzled", (x, two, None, None, mx, CODES_SWIZZLED, None, NOTHING)
     yield "row_out=7", (x, two, None, None, rn, 7, None, NOTHING)
-    yield "col_out=0 .* 1 to 4 with a Spec", (x, two, None, None, rn, VALUES, rn, NOTHING)
+    yield "col_out=0 .* 1 to 5 with a Spec", (x, two, None, None, rn, VALUES, rn, NOTHING)
     yield "row_out=1 for row=None: 0 goes with None", (x, two, None, None, None, VALUES, None, NOTHING)
     yield "'e4m3' is not the text of a Spec", (x, two, None, None, "e4m3", VALUES, None, NOTHING)
 
@@ -59,6 +60,7 @@ def bad_specs():
     yield "headroom=0", {"headroom": 0}
     yield "not the text of a Spec: could not convert", {"headroom": "much"}
     yield "square blocks are the same along both", {"square": True, "per_row": True}
+    yield "bound where a Hadamard transform", {"bound": True}
     yield "not the text of a Spec: element=… block=…", {"blocks": 16}
 
 

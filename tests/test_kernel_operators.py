@@ -123,10 +123,12 @@ def test_a_layer_compiles_into_one_graph(device, on_kernels, launches, recipe):
     for got, want, limit in zip(results, expected, (1e-6, *[0.5 if redrawn else 1e-6] * 2), strict=True):
         assert relative(got, want) < limit
     assert counter.frame_count == 1
-    # Inductor casts a square-blocked weight once for both of its uses: transposing twice is nothing.
-    shared = {"amax_kernel": 1, "cast_kernel": 1} if len(launches) < len(eager) else {}
-    assert Counter(launches) + Counter(shared) == Counter(eager)
-    assert (recipe == "bf16") == ("cast_kernel" not in eager)
+    # In a graph plain operations find the amax of what is not rotated; and inductor casts a square-blocked weight once
+    # for both of its uses: transposing twice is nothing.
+    found, wanted = Counter(launches), Counter(eager)
+    assert found["amax_kernel"] <= wanted.pop("amax_kernel", 0)
+    assert found.pop("amax_kernel", 0) >= 0 and wanted - found <= Counter({"cast_kernel": device.type == "cuda"})
+    assert not found - wanted and (recipe == "bf16") == ("cast_kernel" not in eager)
 
 
 def test_a_compiled_layer_takes_any_number_of_tokens(device, on_kernels):

@@ -39,7 +39,8 @@ def test_recipes_survive_json(name):
     [
         ({"format": "nvfp5"}, "known: nvfp4.*Did you mean 'nvfp4'"),
         ({"rounding": "up"}, "known: nearest, stochastic"),
-        ({"outer": "column"}, "known: tensor, row"),
+        ({"outer": "column"}, "known: tensor, row, bound"),
+        ({"outer": "bound"}, "for casts with a Hadamard transform"),
         ({"hadamard": 12}, "power of two"),
         ({"headroom": 0.5}, "below 1"),
         ({"format": "fp8_e4m3", "square": True}, "none"),
@@ -50,6 +51,7 @@ def test_recipes_survive_json(name):
         ({"format": "mxfp4", "scale_rule": "best"}, "only amax, ceil; 'best' is for nvfp4"),
         ({"scale_rule": "4over6", "rounding": "stochastic"}, "biases stochastic rounding"),
         ({"format": "mxfp4", "outer": "row"}, "no FP32 scale above its blocks"),
+        ({"format": "mxfp4", "outer": "bound", "hadamard": 16}, "no FP32 scale above its blocks"),
     ],
 )
 def test_a_cast_checks_itself(arguments, message):

@@ -20,7 +20,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # ---------------------------------------------------------------------------- golden vectors
 
-
 @pytest.mark.parametrize("mode", MODES)
 def test_codes_and_scales_equal_the_golden_vectors(golden, mode):
     names = sorted({key.split("/")[1] for key in golden if key.startswith(f"{mode}/")})
@@ -50,7 +49,6 @@ def test_four_over_six_equals_the_golden_vectors(golden, square):
 
 
 # ---------------------------------------------------------------------------- statistics
-
 
 @pytest.mark.parametrize(
     ("cast", "error", "bias"),
@@ -112,7 +110,6 @@ def test_mean_squared_errors_are_the_published_ones(cast, expected):
 
 
 # ---------------------------------------------------------------------------- scale rules
-
 
 def near_ties(rows, columns):
     """A tensor whose blocks err as much with their largest, 6, on 6 as on 4: only the order of a sum decides.
@@ -213,7 +210,6 @@ def test_zero_and_tiny_blocks_have_the_smallest_power_of_two():
 
 
 # ---------------------------------------------------------------------------- blocks and rotations
-
 
 def test_square_blocks_commute_with_transposition():
     w = torch.randn(64, 96)

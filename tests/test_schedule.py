@@ -140,7 +140,9 @@ def test_the_switch_goes_with_a_warmup_stable_decay_schedule(build, trainer):
     assert rates[switch] == peak and rates[switch + 1] == peak and rates[switch + 2] < peak
 
 
-@pytest.mark.parametrize(("last", "max_steps", "step"), [(0.18, 1000, 820), (0.25, 8, 6), (1.0, 8, 0), (0.01, 8, 7)])
+@pytest.mark.parametrize(
+    ("last", "max_steps", "step"), [(0.18, 1000, 820), (0.25, 8, 6), (1.0, 8, 0), (0.01, 8, 7)]
+)
 def test_the_switch_step(last, max_steps, step):
     assert PrecisionSchedule(last).switch_step(max_steps) == step
 

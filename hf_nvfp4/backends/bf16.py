@@ -55,7 +55,6 @@ def _use_kernels(x: Tensor) -> bool:
 
 # ---------------------------------------------------------------------------- cast
 
-
 def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False):
     """x [M, K] and xᵀ as BF16 values and a scale above them; xᵀ as packed codes and scales if it is to be kept."""
     if _use_kernels(x):
@@ -101,7 +100,6 @@ def _concatenate(parts: list):
 
 
 # ---------------------------------------------------------------------------- multiply
-
 
 def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """[M, K] @ [N, K].T, accumulated in FP32, scaled, the bias added, rounded once to dtype."""

@@ -43,7 +43,6 @@ class Operand(Packed):
 
 # ---------------------------------------------------------------------------- what runs here
 
-
 def _is_fp4(cast: Cast) -> bool:
     fmt = cast.block_format
     return fmt.element is E2M1 and fmt.scale is E4M3 and fmt.block == 16
@@ -75,7 +74,6 @@ def exactness(recipe: Recipe) -> str:
 
 
 # ---------------------------------------------------------------------------- casts
-
 
 def swizzle(scales: Tensor) -> Tensor:
     """Block scales [M, C] padded with zeros to multiples of 128 and 4 and laid out as cuBLAS reads them.
@@ -132,7 +130,6 @@ def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: 
 
 
 # ---------------------------------------------------------------------------- the product
-
 
 # An operator of our own: inductor's lowering of torch's (2.13) knows neither swizzled nor two-level scales.
 @torch.library.custom_op("hf_nvfp4::nvfp4_scaled_mm", mutates_args=())

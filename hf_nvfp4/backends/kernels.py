@@ -36,6 +36,7 @@ def _text(cast: Cast) -> str:
         cast.hadamard,
         cast.headroom,
         cast.outer == "row",
+        cast.outer == "bound",
         cast.scale_rule,
     )
 
@@ -55,31 +56,46 @@ class Kept(Packed):
         return values(self).to(dtype) * self.tensor_scale.to(dtype)
 
 
-def quantize(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_out: int):
-    """Casts that the kernels know: amax, seeds and the cast itself.
+def amax(x: Tensor, row: Cast | None, col: Cast | None) -> Tensor:
+    """FP32 largest magnitudes that a cast of both orientations needs: [2] or [1], see ops.cast; [M] for rows' own."""
+    of_row = row is not None and row.block_format.tensor_scale
+    of_col = col is not None and col.block_format.tensor_scale
+    if of_row and row.outer == "row":
+        return x.abs().amax(1).float()
+    if not (of_row or of_col):
+        return x.new_empty(1, dtype=torch.float32)
+    if of_col and col.outer != "bound" and col.hadamard:
+        return ops.amax(x, of_row, col.hadamard)
+    if not torch.compiler.is_compiling():
+        return ops.amax(x, True, 0 if of_col and col.outer != "bound" else -1)
+    # Not by an operator: inductor makes this a part of the kernel that makes x.
+    largest = x.abs().amax().float()
+    return torch.stack((largest, largest)) if of_col and col.outer != "bound" else largest.reshape(1)
+
+
+def quantize(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_out: int, largest: Tensor | None = None):
+    """Casts that the kernels know: amax (unless `largest` is it), seeds and the cast itself.
 
     Returns data, block scales (None without) and FP32 scale of each orientation, Nones for one not asked for.
     """
-    of_row = row is not None and row.block_format.tensor_scale
-    of_col = col is not None and col.block_format.tensor_scale
-    if row is not None and row.outer == "row":
-        amax = x.abs().amax(1).float()
-    elif of_row or of_col:
-        amax = ops.amax(x, of_row, col.hadamard if of_col else -1)
-    else:
-        amax = x.new_empty(2, dtype=torch.float32)
+    if largest is None:
+        largest = amax(x, row, col)
     seeds = [draw_seed(x.device) if c is not None and c.rounding == "stochastic" else None for c in (row, col)]
     texts = [None if c is None else spec(c) for c in (row, col)]
-    out = ops.cast(x, amax, *seeds, texts[0], row_out, texts[1], col_out)
+    out = ops.cast(x, largest, *seeds, texts[0], row_out, texts[1], col_out)
     split = _written(row, row_out)
     return [*_three(out[:split], row), *_three(out[split:], col)]
 
 
 def quantize_rows(x: Tensor, cast: Cast, how: int) -> list[Tensor | None]:
     """`quantize` of one orientation: x along its last dimension, its rotation left to PyTorch."""
+    largest = None
+    if cast.outer == "bound":
+        largest = x.abs().amax().float().reshape(1) * cast.hadamard**0.5
+        cast = dataclasses.replace(cast, outer="tensor")
     if cast.hadamard:
         x, cast = rotate(x, cast.hadamard), dataclasses.replace(cast, hadamard=0)
-    return quantize(x.contiguous(), cast, how, None, NOTHING)[:3]
+    return quantize(x.contiguous(), cast, how, None, NOTHING, largest)[:3]
 
 
 def _written(cast: Cast | None, how: int) -> int:
@@ -114,7 +130,7 @@ def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool):
 
 def _kernel_column(col: Cast, keep: bool) -> bool:
     """Whether the kernels quantize xᵀ from x. Square blocks are the same both ways: values are transposed instead."""
-    fits = col.hadamard <= 16 and col.outer == "tensor" and not col.block_format.high_precision
+    fits = col.hadamard <= 16 and col.outer != "row" and not col.block_format.high_precision
     return fits and (keep or not _same_both_ways(col))
 
 
@@ -150,7 +166,7 @@ def packed(codes: Tensor, scales: Tensor, tensor_scale: Tensor, cast: Cast) -> Q
 
 def values(q: QuantizedTensor | Kept) -> Tensor:
     """code × block scale in BF16 [M, K], still rotated if the cast rotates."""
-    stored = spec(dataclasses.replace(q.cast, hadamard=0))
+    stored = spec(dataclasses.replace(q.cast, hadamard=0, outer="tensor"))
     if isinstance(q, Kept):
         return ops.dequantize(q.codes, q.scales, stored, True).T
     scales = q.scales

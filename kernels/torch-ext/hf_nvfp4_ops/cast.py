@@ -253,19 +253,17 @@ def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr,
                 M, K, stride, M_PADDED,
                 ROW: tl.constexpr, ROW_OUT: tl.constexpr, COL: tl.constexpr, COL_OUT: tl.constexpr,
                 EVEN: tl.constexpr, R: tl.constexpr, B: tl.constexpr, RC: tl.constexpr, BC: tl.constexpr,
-                HARDWARE: tl.constexpr = 0, BACK: tl.constexpr = True):  # fmt: skip
+                HARDWARE: tl.constexpr = 0):  # fmt: skip
     """One tile of x [M, K] (contiguous along K): R × 16·B of it by rows, and the same part by columns (RC × 16·BC).
 
-    amax_ptr: FP32 [2], x's and the rotated xᵀ's; [M] if rows have their own.
+    amax_ptr: FP32 [2], x's and the rotated xᵀ's; [1] if the latter is not needed; [M] if rows have their own.
     row_ptr: values BF16 [M, K], or codes or bytes; col_ptr: values BF16 [M_PADDED, K], or codes or bytes of
     [K, M_PADDED].
     row_scale_ptr, col_scale_ptr: the FP32 scale above them.
     HARDWARE: which conversion instructions to use for E2M1 codes, see conversion.py.
     """
     across = tl.cdiv(K, B * 16)
-    # Backwards: what the amax kernel read last is still in the cache.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0) if BACK else tl.program_id(0)
-    first_row, first_column = tile // across * R, tile % across * (B * 16)
+    first_row, first_column = tl.program_id(0) // across * R, tl.program_id(0) % across * (B * 16)
     if ROW.on:
         rows = first_row + tl.arange(0, R)
         groups = first_column // 16 + tl.arange(0, B)
@@ -274,14 +272,15 @@ def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr,
             if first_column == 0:
                 tl.store(row_scale_ptr + rows, _above(amax, ROW, ROW_OUT), mask=rows < M)
         else:
-            amax = tl.load(amax_ptr)
+            amax = tl.load(amax_ptr) * (ROW.bound if ROW.bound else 1.0)
             if tl.program_id(0) == 0:
                 tl.store(row_scale_ptr, _above(amax, ROW, ROW_OUT))
         v = _prepared(_load_rows(x_ptr, rows, groups, stride, M, K, EVEN), ROW)
         _cast_tile(v, rows, groups, amax, row_seed_ptr, row_ptr, row_scales_ptr, M, K, ROW, ROW_OUT, False, EVEN,
                    HARDWARE)  # fmt: skip
     if COL.on:
-        amax = tl.load(amax_ptr + 1)
+        FIRST: tl.constexpr = COL.bound > 0 or COL.scale == "e8m0" or COL.scale == "float32"
+        amax = tl.load(amax_ptr if FIRST else amax_ptr + 1) * (COL.bound if COL.bound else 1.0)
         if tl.program_id(0) == 0:
             tl.store(col_scale_ptr, _above(amax, COL, COL_OUT))
         columns = first_column + tl.arange(0, RC)

@@ -94,7 +94,7 @@ def random_words(rows, groups, seed_ptr):
 
 @triton.jit
 def draws16(word, G: tl.constexpr):
-    """int32 [R, B, 8]: what to add to pairs of FP16 before the cut, from words [R, B, 4]: bytes 0 and 2, then 1 and 3."""
+    """int32 [R, B, 8]: what to add to pairs of FP16 before the cut, from words [R, B, 4]: bytes 0, 2 and bytes 1, 3."""
     R: tl.constexpr = word.shape[0]
     B: tl.constexpr = word.shape[1]
     places: tl.constexpr = 0x00FF00FF << G.cut - 8
@@ -192,7 +192,7 @@ def power_of_two(v):
 
 @triton.jit
 def round_nearest(v, G: tl.constexpr):
-    """|v| up to max -> (sum, magic): sum - magic is v rounded to the grid, sum's low bits are its step count if v >= 0."""
+    """|v| up to max -> (sum, magic): sum - magic is v rounded to the grid; if v >= 0, sum's low bits count steps."""
     magic = as_float(tl.maximum((as_int(v) & 0x7F800000) + G.magic, G.least_magic))
     return v + magic, magic
 

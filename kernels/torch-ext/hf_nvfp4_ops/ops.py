@@ -172,7 +172,8 @@ def cast(
 
     Args:
         x: FP32, BF16 or FP16, K a multiple of 16.
-        amax: FP32 [2], from the operator `amax`; FP32 [M] if `row` has per-row scales.
+        amax: FP32 [2], as the operator `amax` gives them, or the first alone if col has a `bound` or no need of one;
+            FP32 [M] if `row` has per-row scales.
         row_seed, col_seed: int32 [2] for stochastic rounding.
         row, col: text of a Spec, or None.
         row_out, col_out: 0 nothing, 1 BF16 values (code × block scale), 2 packed codes and scales, 3 the same with
@@ -192,7 +193,8 @@ def cast(
     x = _check(x)
     row_plan, col_plan, tile = _cast_plan(row, row_out, col, col_out)
     m, k = x.shape
-    _check_like("amax", amax, x, torch.float32, (m,) if row_plan.per_row else (2,))
+    one = amax.shape == (1,) and (not col_plan.on or col_plan.bound or col_plan.scale in ("e8m0", "float32"))
+    _check_like("amax", amax, x, torch.float32, (m,) if row_plan.per_row else (1,) if one else (2,))
     for name, p, seed in (("row_seed", row_plan, row_seed), ("col_seed", col_plan, col_seed)):
         if p.stochastic and seed is None:
             raise ValueError(f"{name}: stochastic rounding needs a seed, int32 [2]")

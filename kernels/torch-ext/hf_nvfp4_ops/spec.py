@@ -22,11 +22,11 @@ SCALES = ("e4m3", "e8m0", "float32", "none")
 _TYPES = {str: str, int: int, float: float, bool: lambda text: bool(int(text))}
 
 
-def spec_text(element, block, scale, square, stochastic, hadamard, headroom, per_row, scale_rule) -> str:
+def spec_text(element, block, scale, square, stochastic, hadamard, headroom, per_row, bound, scale_rule) -> str:
     """A Spec's text from its fields. A function of its own, which Dynamo traces on every version of torch."""
     return (
         f"element={element} block={block} scale={scale} square={int(square)} stochastic={int(stochastic)} "
-        f"hadamard={hadamard} headroom={headroom} per_row={int(per_row)} scale_rule={scale_rule}"
+        f"hadamard={hadamard} headroom={headroom} per_row={int(per_row)} bound={int(bound)} scale_rule={scale_rule}"
     )
 
 
@@ -38,7 +38,8 @@ class Spec(NamedTuple):
     scale: type of the block scales, one of SCALES. "e4m3" and "none" have an FP32 tensor scale above them.
     square: blocks of block × block elements. stochastic: rounding; else to nearest, ties to even.
     hadamard: size of the random Hadamard transform along K that comes first (2, 4, 8 or 16); 0: none.
-    headroom: factor on the scales. per_row: the FP32 scale is one for each row.
+    headroom: factor on the scales. per_row: the FP32 scale is one for each row. bound: it follows from the amax before
+        the Hadamard transform, times the square root of its size.
     scale_rule: "amax", "ceil", "4over6", "4over6_mse", "best" or "fp8_exact": how a block's scale follows from its
         elements.
     """
@@ -51,6 +52,7 @@ class Spec(NamedTuple):
     hadamard: int = 0
     headroom: float = 1.0
     per_row: bool = False
+    bound: bool = False
     scale_rule: str = "amax"
 
     def __str__(self) -> str:
@@ -86,6 +88,8 @@ class Spec(NamedTuple):
             raise ValueError(f"a Hadamard transform of {self.hadamard}: the kernels know 2, 4, 8 and 16; rotate first")
         if (self.block == 0) != (self.scale == "none") or self.block not in (0, 16, 32, 64, 128):
             raise ValueError(f"blocks of {self.block} with scale {self.scale!r}; the kernels know 16, 32, 64 and 128")
+        if self.bound and (not self.hadamard or self.scale not in ("e4m3", "none")):
+            raise ValueError("bound: there is a bound where a Hadamard transform comes before an FP32 scale")
         if self.square and (self.hadamard or self.per_row):
             raise ValueError("square blocks are the same along both dimensions; rotations and row scales are not")
 
@@ -93,7 +97,7 @@ class Spec(NamedTuple):
 class Grid(NamedTuple):
     """A small float's rounding.
 
-    To nearest, in FP32: adding 1.5 · 2^(23 - mantissa) × (power of two) rounds to the nearest: `magic` is what to add to the bits of the
+    To nearest, in FP32, by adding 1.5 · 2^(23 - mantissa) × (power of two): `magic` is what to add to the bits of the
     power for that, `least_magic` the bits for numbers below the smallest normal. Stochastically, in FP16 or FP32
     (`wide`): times `lower` its exponents are those of the wide format, subnormals too, and what is left when the lower
     `cut` bits are cut off, shifted, is the code. `shift` and `lift` (the inverse of `lower`) are the same for FP32.
@@ -156,6 +160,7 @@ class Plan(NamedTuple):
     hadamard: int = 0
     hadamard_factor: float = 1.0
     per_row: bool = False
+    bound: float = 0.0  # factor on the amax of what is not rotated; 0: the rotated one's is given
     headroom: float = 1.0
     element_share: float = 1.0  # headroom / largest element
     element_room: float = 1.0  # its inverse
@@ -195,6 +200,7 @@ def plan(text: str | None) -> Plan:
         hadamard=spec.hadamard,
         hadamard_factor=spec.hadamard**-0.5 if spec.hadamard else 1.0,
         per_row=spec.per_row,
+        bound=spec.hadamard**0.5 if spec.bound else 0.0,
         headroom=spec.headroom,
         element_share=spec.headroom / element.max,
         element_room=element.max / spec.headroom,
