@@ -89,7 +89,7 @@ class Cast:
         if self.block_format.high_precision and (self.hadamard or self.headroom != 1.0 or self.outer == "row"):
             raise ValueError(f"format {self.format!r} has no scales and no blocks; it takes rounding only")
         if self.outer != "tensor" and not self.block_format.tensor_scale:
-            raise ValueError(f"format {self.format!r} has no FP32 scale above its blocks; outer={self.outer!r} needs it")
+            raise ValueError(f"format {self.format!r} has no FP32 scale above its blocks for outer={self.outer!r}")
         if self.outer == "bound" and not self.hadamard:
             raise ValueError("outer='bound' is for casts with a Hadamard transform; without one, use outer='tensor'")
         self._check_scale_rule()
