@@ -39,10 +39,10 @@ _CASTS = {
 }
 # The same with E4M3 bytes, of which sm_80 has no type.
 _FP8_CASTS = {
-    "fp8_exact_x": (_EXACT, FP8, _EXACT._replace(hadamard=16), FP8),
+    "fp8_exact_x": (_EXACT, FP8, _EXACT._replace(hadamard=16, bound=True), FP8),
     "fp8_exact_w": (_EXACT_2D, FP8, None, NOTHING),
     "fp8_exact_w_across": (None, NOTHING, _EXACT_2D, FP8),
-    "fp8_exact_dy": (_EXACT_SR, FP8, _EXACT_SR._replace(hadamard=16), FP8),
+    "fp8_exact_dy": (_EXACT_SR, FP8, _EXACT_SR._replace(hadamard=16, bound=True), FP8),
     "fp8_rounded": (_NVFP4, FP8, _RHT, FP8),
 }
 # Those of them whose codes come from conversion instructions where there are some, and what their PTX then has.
