@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hf_nvfp4 import Cast, quantize
-from hf_nvfp4.formats import E2M1
+from hf_nvfp4.formats import E2M1, E4M3, FP8_EXACT_RANGE, FP8_EXACT_SIGNIFICANDS
 from hf_nvfp4.recipes import MX_SR_HEADROOM, SR_HEADROOM
-from hf_nvfp4.rounding import round_to, unpack_nibbles
+from hf_nvfp4.rounding import rotate, round_to, unpack_nibbles
 
 NAN = float("nan")
 
@@ -56,6 +56,7 @@ def test_four_over_six_equals_the_golden_vectors(golden, square):
         (Cast(rounding="stochastic"), 18.8e-3, 1.03e-4),
         (Cast(rounding="stochastic", headroom=SR_HEADROOM), 23.5e-3, 0),
         (Cast("mxfp4", rounding="stochastic", headroom=MX_SR_HEADROOM), 28.2e-3, 0),
+        (Cast(rounding="stochastic", scale_rule="fp8_exact"), 26.3e-3, 0),
     ],
     ids=str,
 )
@@ -76,6 +77,55 @@ def test_stochastic_rounding_is_unbiased_exactly_where_it_says_so(cast, error, b
         assert errors[n] == pytest.approx(errors[1] / n + bias, rel=0.12)
 
 
+def test_what_the_rule_fp8_exact_allows_is_all_that_is_exact():
+    """Every E2M1 code × scale is an E4M3 value for {1, 1.25, 1.5}·2^e from 2^-6 to 64, and for no other E4M3 scale."""
+
+    def exact(scale):
+        values = torch.tensor(E2M1.grid) * scale
+        return torch.equal(values.to(E4M3.dtype).float(), values)
+
+    smallest, largest = FP8_EXACT_RANGE
+    allowed = {s * 2.0**e for s in FP8_EXACT_SIGNIFICANDS for e in range(-6, 7)} - {80.0, 96.0}
+    assert len(allowed) == 37 and min(allowed) == smallest and max(allowed) == largest
+    assert {scale for scale in E4M3.grid[1:] if exact(scale)} - allowed <= {s for s in E4M3.grid if s < smallest}
+    assert all(map(exact, allowed)) and not exact(1.25 * 2**-7) and not exact(80.0)
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        Cast(scale_rule="fp8_exact"),
+        Cast(scale_rule="fp8_exact", square=True),
+        Cast(scale_rule="fp8_exact", rounding="stochastic"),
+        Cast(scale_rule="fp8_exact", rounding="stochastic", hadamard=16, outer="bound"),
+        Cast(scale_rule="fp8_exact", outer="row"),
+    ],
+    ids=str,
+)
+def test_fp8_exact_values_are_e4m3_values(cast):
+    """On tensors of ten decades too; the largest block gets the largest scale, unless the amax is a bound."""
+    x = torch.randn(64, 256) * 10 ** (10 * torch.rand(64, 256) - 5)
+    q = quantize(x, cast)
+    assert torch.equal(q.values().to(E4M3.dtype).float(), q.values())
+    significands = {2 * m for m in torch.frexp(q.scales.float())[0].flatten().tolist()}
+    assert significands <= set(FP8_EXACT_SIGNIFICANDS)
+    assert q.scales.float().min() >= FP8_EXACT_RANGE[0] and q.scales.float().max() <= FP8_EXACT_RANGE[1]
+    assert cast.outer == "bound" or q.scales.float().max() == FP8_EXACT_RANGE[1]
+    if cast.rounding == "stochastic":  # no element was cut: the scale is at least amax / 6
+        amax = (rotate(x, cast.hadamard) if cast.hadamard else x).view(64, 16, 16).abs().amax(2)
+        assert (q.scales.float() * 6 * q.tensor_scale >= amax * (1 - 1e-6)).all()
+
+
+def test_a_bound_is_the_amax_before_the_rotation_times_its_root():
+    x = torch.randn(32, 64).bfloat16()
+    bound = quantize(x, Cast(hadamard=16, outer="bound", scale_rule="fp8_exact"))
+    assert bound.tensor_scale == x.abs().amax().float() * 4 / 384
+    # Powers of two apart, so that most codes are the same.
+    exact = quantize(x, Cast(hadamard=16, scale_rule="fp8_exact"))
+    assert _relative_squared_error(bound.dequantize(), exact.dequantize()) < 2e-2
+    assert rotate(x, 16).abs().max() <= x.abs().max() * 4
+
+
 def _relative_squared_error(y, x):
     return (((y - x) ** 2).sum() / (x.double() ** 2).sum()).item()
 
@@ -94,6 +144,9 @@ def _relative_squared_error(y, x):
         (Cast(scale_rule="4over6_mse", square=True), 12.38e-3),
         (Cast(scale_rule="4over6", square=True), 12.38e-3),
         (Cast(scale_rule="best"), 7.08e-3),
+        (Cast(scale_rule="fp8_exact"), 8.27e-3),
+        (Cast(scale_rule="fp8_exact", square=True), 12.39e-3),
+        (Cast(scale_rule="fp8_exact", rounding="stochastic"), 26.26e-3),
         (Cast("mxfp4"), 13.22e-3),
         (Cast("mxfp4", scale_rule="ceil"), 13.31e-3),
         (Cast("mxfp4", rounding="stochastic", headroom=MX_SR_HEADROOM), 28.22e-3),

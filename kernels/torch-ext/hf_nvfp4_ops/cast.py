@@ -272,15 +272,14 @@ def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr,
             if first_column == 0:
                 tl.store(row_scale_ptr + rows, _above(amax, ROW, ROW_OUT), mask=rows < M)
         else:
-            amax = tl.load(amax_ptr) * (ROW.bound if ROW.bound else 1.0)
+            amax = tl.load(amax_ptr) * ROW.bound
             if tl.program_id(0) == 0:
                 tl.store(row_scale_ptr, _above(amax, ROW, ROW_OUT))
         v = _prepared(_load_rows(x_ptr, rows, groups, stride, M, K, EVEN), ROW)
         _cast_tile(v, rows, groups, amax, row_seed_ptr, row_ptr, row_scales_ptr, M, K, ROW, ROW_OUT, False, EVEN,
                    HARDWARE)  # fmt: skip
     if COL.on:
-        FIRST: tl.constexpr = COL.bound > 0 or COL.scale == "e8m0" or COL.scale == "float32"
-        amax = tl.load(amax_ptr if FIRST else amax_ptr + 1) * (COL.bound if COL.bound else 1.0)
+        amax = tl.load(amax_ptr + COL.amax_at) * COL.bound
         if tl.program_id(0) == 0:
             tl.store(col_scale_ptr, _above(amax, COL, COL_OUT))
         columns = first_column + tl.arange(0, RC)

@@ -193,7 +193,7 @@ def cast(
     x = _check(x)
     row_plan, col_plan, tile = _cast_plan(row, row_out, col, col_out)
     m, k = x.shape
-    one = amax.shape == (1,) and (not col_plan.on or col_plan.bound or col_plan.scale in ("e8m0", "float32"))
+    one = amax.shape == (1,) and col_plan.amax_at == 0
     _check_like("amax", amax, x, torch.float32, (m,) if row_plan.per_row else (1,) if one else (2,))
     for name, p, seed in (("row_seed", row_plan, row_seed), ("col_seed", col_plan, col_seed)):
         if p.stochastic and seed is None:

@@ -160,7 +160,8 @@ class Plan(NamedTuple):
     hadamard: int = 0
     hadamard_factor: float = 1.0
     per_row: bool = False
-    bound: float = 0.0  # factor on the amax of what is not rotated; 0: the rotated one's is given
+    bound: float = 1.0  # factor on the amax that is given
+    amax_at: int = 0  # where that stands, of an operand's columns
     headroom: float = 1.0
     element_share: float = 1.0  # headroom / largest element
     element_room: float = 1.0  # its inverse
@@ -200,7 +201,8 @@ def plan(text: str | None) -> Plan:
         hadamard=spec.hadamard,
         hadamard_factor=spec.hadamard**-0.5 if spec.hadamard else 1.0,
         per_row=spec.per_row,
-        bound=spec.hadamard**0.5 if spec.bound else 0.0,
+        bound=spec.hadamard**0.5 if spec.bound else 1.0,
+        amax_at=0 if spec.bound or spec.scale in ("e8m0", "float32") else 1,
         headroom=spec.headroom,
         element_share=spec.headroom / element.max,
         element_room=element.max / spec.headroom,
