@@ -22,9 +22,11 @@ _EXPORTS = {
     "quantize": "reference",
     "NVFP4Linear": "linear",
     "use_recipe": "linear",
+    "cast_weights_once": "linear",
     "Decision": "convert",
     "quantize_model": "integration",
     "NVFP4TrainingConfig": "integration",
+    "CastWeightsOnce": "schedule",
     "PrecisionSchedule": "schedule",
     "StopOnNonFinite": "schedule",
 }

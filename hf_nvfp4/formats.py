@@ -49,6 +49,7 @@ class Element:
 E2M1 = Element("e2m1", 2, 1, 6.0)
 E4M3 = Element("e4m3", 4, 3, 448.0, torch.float8_e4m3fn)
 E5M2 = Element("e5m2", 5, 2, 57344.0, torch.float8_e5m2)
+FP16 = Element("fp16", 5, 10, 65504.0, torch.float16)
 BF16 = Element("bf16", 8, 7, torch.finfo(torch.bfloat16).max, torch.bfloat16)
 
 

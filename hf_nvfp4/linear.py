@@ -1,14 +1,41 @@
 """A linear layer whose three GEMMs are those of a recipe. Any recipe: nothing here knows one by name."""
 
 from contextlib import contextmanager
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_nvfp4.gemm import backend_for, backend_name, cast, check_backend, multiply
-from hf_nvfp4.recipes import Recipe, get_recipe
+from hf_nvfp4.recipes import Cast, Recipe, get_recipe
+from hf_nvfp4.sharing import Casts, WeightCasts, can_keep, casts_of_input
+
+
+class Plan(NamedTuple):
+    """How a layer computes, besides its tensors.
+
+    dtype: the compute dtype: operands are rounded to it before they are cast, and y has it.
+    wgrad: whether the weight's gradient will be asked for (inside a Function grad mode is off).
+    weight_casts: where the weight's operands are kept for other micro-batches; None: nowhere.
+    """
+
+    recipe: Recipe
+    backend: ModuleType
+    dtype: torch.dtype
+    wgrad: bool
+    weight_casts: Casts | None
+
+    def cast(self, casts: Casts | None, x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False) -> tuple:
+        """As `gemm.cast`, of x rounded to the compute dtype; or what `casts` has of it already."""
+
+        def make():
+            return cast(x.to(self.dtype), self.backend, row=row, col=col, keep_col=keep_col)
+
+        return make() if casts is None else casts.once(x, (self.backend, self.dtype, row, col), make)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -19,19 +46,19 @@ class LinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, backend: str, wgrad: bool):
-        """x: [T, K] in the compute dtype, weight: [N, K] and bias: [N] in any; returns [T, N] in x's dtype.
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, input_casts: Casts | None):
+        """x: [T, K], weight: [N, K] and bias: [N] in any float dtype; returns [T, N] in the compute dtype.
 
-        wgrad: whether the weight's gradient will be asked for (inside a Function grad mode is off).
+        input_casts: what other layers cast from x. Not in the plan: that lives until backward, this must not.
         """
-        module = backend_for(backend, recipe, x.device)
+        recipe, backend = plan.recipe, plan.backend
         with torch.autocast(x.device.type, enabled=False):
-            x_row, x_col = cast(x, module, row=recipe.fprop.a, col=recipe.wgrad.b if wgrad else None, keep_col=True)
-            w_row, _ = cast(weight.to(x.dtype), module, row=recipe.fprop.b)
-            y = multiply(x_row, w_row, module, x.dtype, bias)
-        ctx.save_for_backward(weight, *(x_col.tensors if wgrad else ()))
+            x_row, x_col = plan.cast(input_casts, x, recipe.fprop.a, recipe.wgrad.b if plan.wgrad else None, True)
+            w_row, _ = plan.cast(plan.weight_casts, weight, recipe.fprop.b, None)
+            y = multiply(x_row, w_row, backend, plan.dtype, bias)
+        ctx.save_for_backward(weight, *(x_col.tensors if plan.wgrad else ()))
         ctx.operand = type(x_col)
-        ctx.recipe, ctx.module, ctx.dtype = recipe, module, x.dtype
+        ctx.plan, ctx.x_dtype = plan, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -40,22 +67,25 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         """dy: [T, N]; returns dx in x's dtype, dw and db in their parameters' dtypes."""
         weight, *x_col = ctx.saved_tensors
-        recipe, module = ctx.recipe, ctx.module
+        plan = ctx.plan
+        recipe, backend = plan.recipe, plan.backend
         needs_dgrad, needs_wgrad, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
         with torch.autocast(dy.device.type, enabled=False):
             dy_row, dy_col = cast(
-                dy, module, row=recipe.dgrad.a if needs_dgrad else None, col=recipe.wgrad.a if needs_wgrad else None
+                dy, backend, row=recipe.dgrad.a if needs_dgrad else None, col=recipe.wgrad.a if needs_wgrad else None
             )
             if needs_dgrad:
-                _, w_col = cast(weight.to(ctx.dtype), module, col=recipe.dgrad.b)
-                dx = multiply(dy_row, w_col, module, ctx.dtype)  # [T, N] @ [N, K]
+                _, w_col = plan.cast(plan.weight_casts, weight, None, recipe.dgrad.b)
+                dx = multiply(dy_row, w_col, backend, plan.dtype)  # [T, N] @ [N, K]
+                # Not `dx.to(dtype)` where it has that dtype: see backends.operand.rounded.
+                dx = dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype)
             if needs_wgrad:
                 x_col = ctx.operand(*x_col, recipe.wgrad.b)
-                dw = multiply(dy_col, x_col, module, weight.dtype)  # [N, T] @ [T, K]
+                dw = multiply(dy_col, x_col, backend, weight.dtype)  # [N, T] @ [T, K]
             if needs_bias:
                 db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return dx, dw, db, None, None, None
+        return dx, dw, db, None, None
 
 
 class NVFP4Linear(nn.Linear):
@@ -63,7 +93,7 @@ class NVFP4Linear(nn.Linear):
 
     Operands are rounded to the compute dtype first, as `F.linear` does: autocast's, where it is on, else the
     input's. In eval mode activations have a scale for each token, so that an output does not depend on the
-    other tokens of the batch.
+    other tokens of the batch. Layers that are given the same tensor one after the other cast it once.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`; both sizes multiples of 16.
@@ -73,6 +103,8 @@ class NVFP4Linear(nn.Linear):
 
     # Native tensor parallelism in Transformers: hand us plain local tensors, not DTensors.
     _hf_quantized_needs_local_tp = True
+    # Set by `cast_weights_once`.
+    weight_casts: WeightCasts | None = None
 
     def __init__(
         self, in_features, out_features, bias=True, device=None, dtype=None, *, recipe="nvfp4", backend="auto"
@@ -110,14 +142,17 @@ class NVFP4Linear(nn.Linear):
         device = x.device.type
         if not x.is_floating_point():
             raise TypeError(f"NVFP4Linear takes floating-point inputs, not {x.dtype}")
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if x.numel() == 0:
+            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
         recipe = self.train_recipe if self.training else self.eval_recipe
         wgrad = self.weight.requires_grad and torch.is_grad_enabled()
-        if x.numel() == 0:
-            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        backend = backend_for(self.backend, recipe, x.device)
+        # A compiled graph merges equal casts by itself, and has to see each.
+        eager = not torch.compiler.is_compiling()
+        plan = Plan(recipe, backend, dtype, wgrad, self.weight_casts if eager and self.training else None)
         tokens = x.reshape(-1, x.shape[-1])
-        y = LinearFunction.apply(tokens, self.weight, self.bias, recipe, self.backend, wgrad)
+        y = LinearFunction.apply(tokens, self.weight, self.bias, plan, casts_of_input(x, self) if eager else None)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def extra_repr(self) -> str:
@@ -165,3 +200,51 @@ def use_recipe(model: nn.Module, recipe: str | Recipe):
     finally:
         for linear, old, high_precision in before:
             linear.set_recipe(old, high_precision=high_precision)
+
+
+@contextmanager
+def cast_weights_once(model: nn.Module):
+    """For gradient accumulation in eager mode: inside the block a weight is cast once, not at each micro-batch.
+
+        with cast_weights_once(model):
+            for batch in micro_batches:
+                model(**batch).loss.backward()
+        optimizer.step()
+
+    Gradients are the same bits. Costs the operands of fprop and dgrad of every weight: 2 bytes a parameter on backend
+    fp8, 4 on bf16, about 1.1 on fp4. They are dropped at the end, at any step of a torch optimizer, and not used once
+    torch has counted a change of the weight; a write that it does not count (`weight.data`) inside the block is not
+    seen. In training mode only; a compiled model casts at each micro-batch all the same.
+
+    Raises:
+        ValueError: a model without converted layers, or with sharded weights only (FSDP, ZeRO-3, tensor parallelism).
+    """
+    if reason := why_not_once(model):
+        raise ValueError(f"{reason}. Leave cast_weights_once out")
+    _keep_weight_casts(model, True)
+    # Not every optimizer's writes are counted: those of fused AdamW, Trainer's default, are not.
+    hook = register_optimizer_step_post_hook(lambda *_: _keep_weight_casts(model, True))
+    try:
+        yield model
+    finally:
+        hook.remove()
+        _keep_weight_casts(model, False)
+
+
+def why_not_once(model: nn.Module) -> str | None:
+    """Why no operands of a converted model's weights can be kept, or None."""
+    if any(map(_can_keep, quantized_linears(model).values())):
+        return None
+    return "the weights are sharded (FSDP, ZeRO-3, tensor parallelism); only operands of whole ones can be kept"
+
+
+def _can_keep(linear: NVFP4Linear) -> bool:
+    return can_keep(linear.weight, (linear.out_features, linear.in_features))
+
+
+def _keep_weight_casts(model: nn.Module, keep: bool) -> None:
+    """Drop what is kept of each weight, and keep what will be cast from now on, or don't."""
+    for linear in quantized_linears(model).values():
+        if linear.weight_casts is not None:
+            linear.weight_casts.drop()
+        linear.weight_casts = WeightCasts(linear.weight) if keep and _can_keep(linear) else None

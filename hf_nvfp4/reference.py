@@ -17,14 +17,26 @@ from torch import Tensor
 
 from hf_nvfp4.formats import (
     CHOOSING_RULES,
+    E2M1,
     FLOAT32_MAX,
     FP8_EXACT_BOUNDS,
     FP8_EXACT_RANGE,
     FP8_EXACT_SIGNIFICANDS,
+    FP16,
     Element,
 )
 from hf_nvfp4.recipes import Cast
-from hf_nvfp4.rounding import decode, draw_seed, encode, pack_nibbles, random_bytes, rotate, round_to, unpack_nibbles
+from hf_nvfp4.rounding import (
+    decode,
+    draw_seed,
+    encode,
+    grid_step,
+    pack_nibbles,
+    random_bytes,
+    rotate,
+    round_to,
+    unpack_nibbles,
+)
 
 # Where the rule may choose a larger scale than the amax's, the largest scale by amax is this, not E4M3's 448: room for
 # half as much again (384), or for five codes more (416).
@@ -32,6 +44,8 @@ CHOOSING_SCALE_MAX = 256.0
 # Rule "best": E4M3 codes of its candidates, less that of the scale by amax. Mean squared error on N(0, 1), in 1e-3:
 # these three 7.08; (0, -1, 4, 5) 6.80; the best six, (0, -1, 1, 4, 5, 6), 6.65; all from -4 to 6, 6.60.
 BEST_OFFSETS = (0, -1, 5)
+# FP16 whose smallest normal number is E2M1's.
+_E2M10 = Element("e2m10", 2, 10, FP16.max * 2.0**14)
 # Added to a number below 8 and taken away, it leaves a multiple of 2^-11: 256 of them have an exact sum.
 _ERROR_UNIT = 2.0**12
 
@@ -167,22 +181,50 @@ def _least_error(blocks: Tensor, candidates: list[Tensor], encode_scale: Tensor,
     A block's error is the sum of |d| ("4over6") or FP32(d · d) (the others), halves added to halves: the first 8 of
     16 to the last 8, 4 to 4, 2 to 2, 1 to 1. In a square block each |d| or d · d is first rounded to a multiple of
     2^-11 · p (or p²), p the power of two at or below the first candidate, at least 2^-9, by adding and taking away
-    2^12 · p: so sums are exact in any order, and the transposed block makes the same choice.
+    2^12 · p: so sums are exact in any order, and the transposed block makes the same choice. Blocks of 1×16 under the
+    rule "fp8_exact" have `_half_error` instead, which is cheaper.
     """
-    element, squared = cast.block_format.element, cast.scale_rule != "4over6"
-    target = blocks * encode_scale
-    unit = _error_unit(candidates[0], squared) if cast.square else None
-    chosen = least = None
+    first, chosen, least = candidates[0], candidates[0], None
     for scales in candidates:
-        d = round_to(blocks * _inverse(scales, decode_scale), element).mul_(scales).sub_(target)
-        d = d.square_() if squared else d.abs_()
-        error = _sum16(d) if unit is None else d.add_(unit).sub_(unit).sum(dim=(1, 3), keepdim=True)
+        inverse = _inverse(scales, decode_scale)
+        if cast.scale_rule == "fp8_exact" and not cast.square:
+            error = _half_error(blocks, scales, inverse)
+        else:
+            d = round_to(blocks * inverse, cast.block_format.element).mul_(scales).sub_(blocks * encode_scale)
+            error = _error(d, first, cast)
         if least is None:
-            chosen, least = scales, error
+            least = error
         else:
             better = error < least
             chosen, least = torch.where(better, scales, chosen), torch.where(better, error, least)
     return chosen
+
+
+def _error(d: Tensor, first: Tensor, cast: Cast) -> Tensor:
+    """Sums of |d| or d · d over blocks; see `_least_error`."""
+    squared = cast.scale_rule != "4over6"
+    d = d.square_() if squared else d.abs_()
+    if not cast.square:
+        return _sum16(d)
+    unit = _error_unit(first, squared)
+    return d.add_(unit).sub_(unit).sum(dim=(1, 3), keepdim=True)
+
+
+def _half_error(blocks: Tensor, scales: Tensor, inverse: Tensor) -> Tensor:
+    """Squared errors of 1×16 blocks in the precision of FP16: for choosing scales that is enough.
+
+    m = |x · inverse|, rounded to 11 bits, below 1 to a multiple of 2^-10; d, how far it is above the nearest element
+    (of two the larger one), is exact; the sums of d · d of the even and of the odd elements are rounded to FP16 at each
+    step, added in FP32 and multiplied by scale · scale.
+    """
+    m = round_to((blocks * inverse).abs_(), _E2M10)
+    step = grid_step(m, E2M1)
+    d = m - (m / step + 0.5).floor_().mul_(step)
+    squares = round_to(d * d, FP16)
+    total = torch.zeros_like(squares[..., :2])
+    for pair in squares.unflatten(-1, (8, 2)).unbind(-2):
+        total = round_to(total + pair, FP16)
+    return (total[..., :1] + total[..., 1:]) * (scales * scales)
 
 
 def _error_unit(scales: Tensor, squared: bool) -> Tensor:

@@ -19,7 +19,7 @@ _RHT_MINUS = sum(1 << i for i, sign in enumerate(RHT_SIGNS) if sign < 0)
 # ---------------------------------------------------------------------------- rounding to an element
 
 
-def _grid_step(magnitude: Tensor, element: Element) -> Tensor:
+def grid_step(magnitude: Tensor, element: Element) -> Tensor:
     """Distance of the two grid points around each non-negative FP32 value."""
     power_of_two = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)
     return power_of_two.clamp_(min=element.min_normal).mul_(2.0**-element.mantissa_bits)
@@ -34,7 +34,7 @@ def round_to(v: Tensor, element: Element, random: Tensor | None = None) -> Tenso
     # In place where the buffer is ours: on a CPU this is bound by memory.
     magnitude = v.abs().clamp_(max=element.max)
     if random is None:
-        step = _grid_step(magnitude, element)
+        step = grid_step(magnitude, element)
         rounded = magnitude.div_(step).round_().mul_(step)
     else:
         rounded = _stochastic(magnitude, element, random)

@@ -1,6 +1,8 @@
-"""TrainerCallbacks: the late switch to high precision, and the stop at numbers that are not finite."""
+"""TrainerCallbacks: the late switch to high precision, weights cast once under gradient accumulation, and the stop at
+numbers that are not finite."""
 
 import math
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_nvfp4.convert import set_high_precision
-from hf_nvfp4.linear import quantized_linears
+from hf_nvfp4.linear import cast_weights_once, quantized_linears, why_not_once
 from hf_nvfp4.recipes import GEMM_CHOICES, unknown
 
 logger = logging.get_logger(__name__)
@@ -56,6 +58,51 @@ class PrecisionSchedule(TrainerCallback):
         state.log_history.append({"step": state.global_step, "precision": precision})
         if state.is_world_process_zero:
             logger.warning(f"step {state.global_step}: precision is now {precision}")
+
+
+class CastWeightsOnce(TrainerCallback):
+    """With gradient accumulation, cast a weight once an optimizer step and not at each micro-batch (eager mode).
+
+    `cast_weights_once` around the micro-batches of each step: from the step's begin until just before the optimizer
+    runs. Same bits; what it costs in memory stands there. Says at the beginning of training why it does nothing: no
+    accumulation, a compiled model, sharded weights.
+    """
+
+    def __init__(self):
+        self._window = ExitStack()
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Says if there is nothing to do; an unconverted model is an error."""
+        self._close()  # what an interrupted training left open
+        self.idle = _why_idle(args, model)
+        if self.idle and state.is_world_process_zero:
+            logger.warning(f"CastWeightsOnce does nothing: {self.idle}")
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        """Before the first micro-batch of an optimizer step."""
+        self._close()
+        if self.idle is None:
+            self._window.enter_context(cast_weights_once(model))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """After the last micro-batch: the weights are about to change."""
+        self._close()
+
+    # Where training ends in the middle of a step. Evaluation's layers use nothing that is kept.
+    on_train_end = on_evaluate = on_pre_optimizer_step
+
+    def _close(self):
+        self._window.close()
+
+
+def _why_idle(args, model) -> str | None:
+    """Why weights are not cast once a step, or None."""
+    if args.gradient_accumulation_steps == 1:
+        return "gradient_accumulation_steps is 1"
+    compiled = getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod")
+    if args.torch_compile or compiled:
+        return "the model is compiled, and its graph casts weights at each micro-batch"
+    return why_not_once(model)
 
 
 class StopOnNonFinite(TrainerCallback):

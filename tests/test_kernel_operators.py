@@ -155,7 +155,8 @@ def test_a_whole_llama_compiles_into_one_graph(device, on_kernels, launches, lla
         results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]), sorted(launches)))
     (loss, gradient, launched), (graph_loss, graph_gradient, graph_launched) = results
     assert counter.frame_count == 1
-    assert launched.count("cast_kernel") == 4 * 7
+    # Four for each of the seven linears, but q, k and v share one of their x, gate and up too.
+    assert launched.count("cast_kernel") == 4 * 7 - 3
     # A graph casts x once for q, k and v: the operators have no side effects.
     assert set(graph_launched) == set(launched) and len(graph_launched) < len(launched)
     # On a GPU inductor's sums have another order: an element of FP4 may then move by a step, rarely.

@@ -211,7 +211,7 @@ def _cast_tile(v, rows, groups, amax, seed_ptr, codes_ptr, scales_ptr, M, K,
     tall: tl.constexpr = P.block if P.square else 1
     # What FP8 bytes hold fits by the rule, or is saturated when converted.
     SATURATE: tl.constexpr = OUT != 5 or P.rule != "fp8_exact"
-    inverse, scale, scale_code, chosen = block_scales(v, amax, SATURATE, P, tall)
+    inverse, scale, scale_code, value = block_scales(v, amax, SATURATE, P, tall)
     if BY_INSTRUCTION:
         random = random_words(rows, groups, seed_ptr) if P.stochastic else v
         words = e2m1_words(v * inverse[:, :, None], random, P.stochastic)
@@ -223,8 +223,7 @@ def _cast_tile(v, rows, groups, amax, seed_ptr, codes_ptr, scales_ptr, M, K,
         pairs = stochastic_pairs(v * inverse[:, :, None], rows, groups, seed_ptr, G)
         _store_codes(codes_ptr, e4m3_words_of_pairs(pairs, scale), rows, groups, M, K, OUT, EVEN)
     else:
-        value = chosen
-        if len(P.offsets) == 0:
+        if not P.tries:
             value = element_values(v * inverse[:, :, None], rows, groups, seed_ptr, P.stochastic, SATURATE, G)
             if P.scale != "none":
                 value = value * scale[:, :, None]

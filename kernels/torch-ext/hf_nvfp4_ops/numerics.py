@@ -358,6 +358,54 @@ def _error(value, wanted, first, P: tl.constexpr, rows: tl.constexpr):
         return sum16(term)
 
 
+# Of eight pairs of FP16 that are E2M1's exponents: what they are above the nearest elements, times 2^14, squared and
+# summed up.
+HALF_ERROR = tl.constexpr(
+    "{\n.reg .b32 r, d, lift, sum;\nmov.b32 lift, 0x74007400;\nmov.b32 sum, 0;\n"
+    + "".join(
+        f"add.u32 r, ${i}, 0x01000100;\nand.b32 r, r, 0xFE00FE00;\nsub.rn.f16x2 d, ${i}, r;\n"
+        "mul.rn.f16x2 d, d, lift;\nmul.rn.f16x2 d, d, d;\nadd.rn.f16x2 sum, sum, d;\n"
+        for i in range(1, 9)
+    )
+    + "mov.b32 $0, sum;\n}"
+)
+
+
+@triton.jit
+def _half(bits):
+    """The FP16 number in the lower half of a word, in FP32."""
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def half_error(v, scale, inverse):
+    """Squared errors of 1×16 blocks [R, B] under a scale, in FP16: the reference's `_half_error`."""
+    R: tl.constexpr = v.shape[0]
+    B: tl.constexpr = v.shape[1]
+    pairs = half_pairs(v * (inverse * 0.00006103515625)[:, :, None])
+    even, odd = tl.split(tl.reshape(pairs, (R, B, 2, 2, 2)))
+    p04, p26 = tl.split(even)
+    p15, p37 = tl.split(odd)
+    p0, p4 = tl.split(p04)
+    p1, p5 = tl.split(p15)
+    p2, p6 = tl.split(p26)
+    p3, p7 = tl.split(p37)
+    eight = (p0, p1, p2, p3, p4, p5, p6, p7)
+    if INTERPRETED:  # it runs no PTX
+        low = tl.zeros((R, B), tl.float16)
+        high = tl.zeros((R, B), tl.float16)
+        for i in tl.static_range(8):
+            nearest = (eight[i] + 0x01000100) & -0x01FF0200
+            d = (_half(eight[i]) - _half(nearest)) * 16384.0
+            low += (d * d).to(tl.float16)
+            d = (_half(eight[i] >> 16) - _half(nearest >> 16)) * 16384.0
+            high += (d * d).to(tl.float16)
+        return (low.to(tl.float32) + high.to(tl.float32)) * (scale * scale)
+    else:
+        sum = tl.inline_asm_elementwise(HALF_ERROR, "=r" + ",r" * 8, eight, tl.int32, True, 1)
+        return (_half(sum) + _half(sum >> 16)) * (scale * scale)
+
+
 @triton.jit
 def inverse_of(scale, down):
     """What elements are multiplied by: 1 / (scale · down), finite unless the scale is NaN."""
@@ -394,15 +442,20 @@ def round_scale(v, P: tl.constexpr):
 
 
 @triton.jit
-def _to_nearest(v, scale, inverse, SATURATE: tl.constexpr, P: tl.constexpr):
-    """v under a block scale: element × scale."""
+def _try_scale(v, wanted, scale, inverse, first, SATURATE: tl.constexpr, P: tl.constexpr, rows: tl.constexpr):
+    """How far blocks [R, B] are from `wanted` (x times the FP32 scale) under a block scale, and, if P.tries, what of
+    them is left: element × scale."""
     G: tl.constexpr = P.grid
-    return element_values(v * inverse[:, :, None], scale, scale, scale, False, SATURATE, G) * scale[:, :, None]
+    if P.tries:
+        value = element_values(v * inverse[:, :, None], scale, scale, scale, False, SATURATE, G) * scale[:, :, None]
+        return _error(value, wanted, first, P, rows), value
+    else:
+        return half_error(v, scale, inverse), v
 
 
 @triton.jit
 def e4m3_scales(v, amax, SATURATE: tl.constexpr, P: tl.constexpr, rows: tl.constexpr):
-    """E4M3 block scales under the tensor's or the rows' amax; last, element × scale where the rule tries scales."""
+    """E4M3 block scales under the tensor's or the rows' amax."""
     E4M3: tl.constexpr = P.scale_grid
     up = encode_scale(amax, P)
     down = tl.div_rn(1.0, up)
@@ -416,8 +469,7 @@ def e4m3_scales(v, amax, SATURATE: tl.constexpr, P: tl.constexpr, rows: tl.const
     if len(P.offsets) > 0:
         wanted = v * (up if up.shape == () else up[:, :, None])
         first, first_code = scale, code
-        value = _to_nearest(v, scale, inverse, SATURATE, P)
-        least = _error(value, wanted, first, P, rows)
+        least, value = _try_scale(v, wanted, scale, inverse, first, SATURATE, P, rows)
         for i in tl.static_range(len(P.offsets)):
             if P.rule == "best":
                 other_code = tl.minimum(tl.maximum(first_code + P.offsets[i], 1), 126)
@@ -425,11 +477,11 @@ def e4m3_scales(v, amax, SATURATE: tl.constexpr, P: tl.constexpr, rows: tl.const
             else:
                 other, other_code = round_scale(ideal * P.offsets[i], P)
             other_inverse = inverse_of(other, down)
-            other_value = _to_nearest(v, other, other_inverse, SATURATE, P)
-            error = _error(other_value, wanted, first, P, rows)
+            error, other_value = _try_scale(v, wanted, other, other_inverse, first, SATURATE, P, rows)
             better = error < least
             least = tl.where(better, error, least)
-            value = tl.where(better[:, :, None], other_value, value)
+            if P.tries:
+                value = tl.where(better[:, :, None], other_value, value)
             scale = tl.where(better, other, scale)
             inverse = tl.where(better, other_inverse, inverse)
             code = tl.where(better, other_code, code)
@@ -452,7 +504,7 @@ def e8m0_scales(v, P: tl.constexpr, rows: tl.constexpr):
 def block_scales(v, amax, SATURATE: tl.constexpr, P: tl.constexpr, rows: tl.constexpr):
     """Tile [R, B, 16] -> (inverse, scale, code) [R, B]: what elements are multiplied by, the block scale, its byte.
 
-    Last, element × scale [R, B, 16] if the plan's rule tries several scales (P.offsets); else v.
+    Last, element × scale [R, B, 16] where the plan's rule tries several scales (P.tries); else v.
     amax: FP32 scalar, or [R] if the plan is per row. rows: of a square block. SATURATE: see `element_values`.
     """
     if P.scale == "e4m3":

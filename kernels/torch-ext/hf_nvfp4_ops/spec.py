@@ -171,6 +171,7 @@ class Plan(NamedTuple):
     shrink: float = 1.0  # 1 / headroom
     absolute_error: bool = False
     offsets: tuple = ()  # the other candidates for a scale: factors, or steps of its byte ("best")
+    tries: bool = False  # whether their errors are those of the rounded elements; else found in FP16, see numerics.py
     value_factor: float = 1.0  # of what output FP8 writes
 
 
@@ -212,5 +213,6 @@ def plan(text: str | None) -> Plan:
         shrink=1 / spec.headroom,
         absolute_error=spec.scale_rule == "4over6",
         offsets=_OTHER_SCALES.get(spec.scale_rule, ()) if chooses else (),
+        tries=spec.scale_rule in _OTHER_SCALES and chooses and (spec.square or spec.scale_rule != "fp8_exact"),
         value_factor=1.0 if spec.scale_rule == "fp8_exact" else 0.125,
     )
