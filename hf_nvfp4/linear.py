@@ -42,7 +42,8 @@ class LinearFunction(torch.autograd.Function):
     """y = Q(x) Q(w)ᵀ + bias, dx = Q(dy) Q(w), dw = Q(dyᵀ) Q(xᵀ)ᵀ.
 
     Keeps for backward x cast for wgrad and packed, and the weight itself: it is cast again for dgrad, so
-    that nothing derived from it outlives the forward (FSDP frees it).
+    that nothing derived from it outlives the forward (FSDP frees it). A compiler may decide otherwise: inductor casts
+    it for dgrad in the forward, and keeps that.
     """
 
     @staticmethod

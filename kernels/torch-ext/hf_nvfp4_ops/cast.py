@@ -1,9 +1,9 @@
 """Triton kernels: the amax of a tensor, the cast of a tile in both orientations, and its inverse.
 
-What the arithmetic is, numerics.py knows; here are addresses, tiles and what is written. One read of x [M, K] serves
-both orientations: `row` has its blocks along K, `col` quantizes xᵀ, with blocks along M and the Hadamard transform
-before it. Threads hold 16 neighbours along the contraction dimension, so that nothing but what is written passes
-through shared memory; transposes come before narrow casts.
+What the arithmetic is, numerics.py and scales.py know; here are addresses, tiles and what is written. One read of
+x [M, K] serves both orientations: `row` has its blocks along K, `col` quantizes xᵀ, with blocks along M and the
+Hadamard transform before it. Threads hold 16 neighbours along the contraction dimension, so that nothing but what is
+written passes through shared memory; transposes come before narrow casts.
 """
 
 import triton
@@ -14,7 +14,6 @@ from .numerics import (
     INTERPRETED,
     as_float,
     as_int,
-    block_scales,
     element_codes,
     element_values,
     largest16,
@@ -22,12 +21,12 @@ from .numerics import (
     rotate,
     round_bf16,
     round_bf16_pairs,
-    scale_above,
     stochastic_pairs,
     swizzled_at,
     to_bf16,
     to_fp32,
 )
+from .scales import block_scales, scale_above
 
 # ---------------------------------------------------------------------------- tiles from memory and back
 
@@ -285,18 +284,6 @@ def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr,
         groups = first_row // 16 + tl.arange(0, BC)
         v = _prepared(_load_columns(x_ptr, columns, groups, stride, M, K, EVEN), COL)
         _cast_tile(
-            v,
-            columns,
-            groups,
-            amax,
-            col_seed_ptr,
-            col_ptr,
-            col_scales_ptr,
-            K,
-            M_PADDED,
-            COL,
-            COL_OUT,
-            True,
-            EVEN,
+            v, columns, groups, amax, col_seed_ptr, col_ptr, col_scales_ptr, K, M_PADDED, COL, COL_OUT, True, EVEN,
             HARDWARE,
         )

@@ -171,7 +171,7 @@ class Plan(NamedTuple):
     shrink: float = 1.0  # 1 / headroom
     absolute_error: bool = False
     offsets: tuple = ()  # the other candidates for a scale: factors, or steps of its byte ("best")
-    tries: bool = False  # whether their errors are those of the rounded elements; else found in FP16, see numerics.py
+    tries: bool = False  # whether their errors are those of the rounded elements; else found in FP16, see scales.py
     value_factor: float = 1.0  # of what output FP8 writes
 
 
