@@ -105,3 +105,22 @@ def close(got, expected):
     """Equal but for the order of summation: FP32's last bits, or now and then a rounding to 16 bits."""
     difference = (got.double() - expected.double()).norm() / expected.double().norm()
     return difference < (3e-6 if expected.dtype == torch.float32 else 3e-4)
+
+
+def gradients_of_a_tiny_llama(build, config, recipe, backend):
+    """Loss and all gradients of one step, the random draws always the same."""
+    ids = torch.randint(0, config.vocab_size, (2, 19), generator=torch.Generator().manual_seed(5))
+    model = build(recipe, backend=backend)
+    torch.manual_seed(3)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def assert_trains_as_the_reference(build, config, recipe, backend):
+    """A rounding that falls the other way moves one element by a step: rare, and small in the whole."""
+    (loss, gradient), (expected_loss, expected) = (
+        gradients_of_a_tiny_llama(build, config, recipe, name) for name in (backend, "reference")
+    )
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert (gradient - expected).norm() < 0.02 * expected.norm()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
 
 from hf_nvfp4.backends import bf16
-from hf_nvfp4.backends.operand import finished, transposed
+from hf_nvfp4.backends.operand import cast_where, finished, inner_and_outer, transposed
 from hf_nvfp4.formats import E2M1, E4M3
 from hf_nvfp4.recipes import Cast, Recipe
 from hf_nvfp4.reference import Packed, pack, quantize_blocks
@@ -93,22 +93,19 @@ def _quantize(x: Tensor, cast: Cast) -> list[Tensor]:
     return [packed.codes, swizzle(packed.scales), packed.tensor_scale]
 
 
-def _quantize_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[list[Tensor] | None, list[Tensor] | None]:
-    """The same of x along K and of xᵀ along M, by the Triton kernels where they run, from one read if they can."""
+def _cast_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Operand | None, Operand | None]:
+    """x along K and xᵀ along M, by the Triton kernels where they run."""
     if row is None and col is None:
         return None, None
     if x.shape[1] % 16:
         raise ValueError(f"FP4 operands are made of [M, K] with K a multiple of 16, not {tuple(x.shape)}; pad it")
     kernels = bf16.kernels if x.device.type in bf16.KERNEL_DEVICES else None
     if kernels is None:
-        return row and _quantize(x, row), col and _quantize(transposed(x, col), col)
-    layout, nothing = kernels.ops.CODES_SWIZZLED, kernels.ops.NOTHING
-    if row is not None and (row.hadamard or row.outer == "row"):
-        return kernels.quantize_rows(x, row, layout), _quantize_both(x, None, col)[1]
-    if col is not None and (col.hadamard > 16 or col.outer == "row"):
-        return _quantize_both(x, row, None)[0], kernels.quantize_rows(transposed(x, col), col, layout)
-    out = kernels.quantize(x, row, layout if row else nothing, col, layout if col else nothing)
-    return row and out[:3], col and out[3:]
+        rows, columns = row and _quantize(x, row), col and _quantize(transposed(x, col), col)
+    else:
+        outs = [kernels.ops.CODES_SWIZZLED if c else kernels.ops.NOTHING for c in (row, col)]
+        rows, columns = kernels.quantize_both(x, row, outs[0], col, outs[1])
+    return row and _operand(rows, row), col and _operand(columns, col)
 
 
 def _operand(tensors: list[Tensor], cast: Cast) -> Operand:
@@ -120,13 +117,7 @@ def _operand(tensors: list[Tensor], cast: Cast) -> Operand:
 
 def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: bool = False):
     """x [M, K] quantized along K by `row`, xᵀ along M by `col`; None where not asked for. Packed either way."""
-    # Stochastic rounding draws row's seed first: a row of another format goes first, a column last.
-    plain_row = None if row is None or _is_fp4(row) else bf16.cast(x, row, None, False)[0]
-    fp4_row, fp4_col = _quantize_both(x, *(c if c is not None and _is_fp4(c) else None for c in (row, col)))
-    x_row = plain_row if fp4_row is None else _operand(fp4_row, row)
-    if col is None or _is_fp4(col):
-        return x_row, None if fp4_col is None else _operand(fp4_col, col)
-    return x_row, bf16.cast(x, None, col, keep_col)[1]
+    return cast_where(_is_fp4, _cast_both, bf16.cast, x, (row, col), keep_col)
 
 
 # ---------------------------------------------------------------------------- the product
@@ -176,11 +167,8 @@ def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     if not isinstance(a, Operand) and not isinstance(b, Operand):
         return bf16.multiply(a, b, dtype, bias)
     check_pair(a, b)
-    per_row = [x.tensor_scale.dim() > 0 for x in (a, b)]
-    if bias is None and not any(per_row) and dtype in RESULTS:
+    inner, outer = inner_and_outer(a.tensor_scale, b.tensor_scale)
+    if bias is None and outer == [None, None] and dtype in RESULTS:
         return _scaled_mm(*a.tensors, *b.tensors, dtype)
-    one = torch.ones((), device=a.codes.device)
-    inner = [one if rows else x.tensor_scale for x, rows in zip((a, b), per_row, strict=True)]
     product = _scaled_mm(a.codes, a.scales, inner[0], b.codes, b.scales, inner[1], torch.float32)
-    outer = [x.tensor_scale if rows else None for x, rows in zip((a, b), per_row, strict=True)]
     return finished(product, *outer, bias, dtype)

@@ -12,7 +12,6 @@ The casts are Triton kernels on a GPU (hf_nvfp4.ops), the reference elsewhere, a
 zero aside.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType
 
 from hf_nvfp4.backends import bf16
-from hf_nvfp4.backends.operand import finished, transposed
+from hf_nvfp4.backends.operand import cast_where, finished, inner_and_outer, transposed
 from hf_nvfp4.formats import E2M1, E4M3, E5M2
 from hf_nvfp4.recipes import Cast, Recipe
 from hf_nvfp4.reference import quantize_blocks
@@ -154,8 +153,8 @@ def _dtype(cast: Cast) -> torch.dtype:
     return cast.block_format.element.dtype or E4M3.dtype
 
 
-def _quantize_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Operand | None, Operand | None]:
-    """x along K and xᵀ along M, by the Triton kernels where they run, from one read if they can."""
+def cast_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Operand | None, Operand | None]:
+    """x along K and xᵀ along M, by the Triton kernels where they run."""
     if row is None and col is None:
         return None, None
     if x.shape[1] % MULTIPLE:
@@ -163,14 +162,8 @@ def _quantize_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Opera
     kernels = bf16.kernels if x.device.type in bf16.KERNEL_DEVICES else None
     if kernels is None:
         return row and _quantize(x, row), col and _quantize(transposed(x, col), col)
-    if row is not None and (row.hadamard or row.outer == "row"):
-        ours = _operand(kernels.quantize_rows(x, row, _written(kernels, row)), row)
-        return ours, _quantize_both(x, None, col)[1]
-    if col is not None and (col.hadamard > 16 or col.outer == "row"):
-        theirs = kernels.quantize_rows(transposed(x, col), col, _written(kernels, col))
-        return _quantize_both(x, row, None)[0], _operand(theirs, col)
-    out = kernels.quantize(x, row, _written(kernels, row), col, _written(kernels, col))
-    return row and _operand(out[:3], row), col and _operand(out[3:], col)
+    rows, columns = kernels.quantize_both(x, row, _written(kernels, row), col, _written(kernels, col))
+    return row and _operand(rows, row), col and _operand(columns, col)
 
 
 def _written(kernels, cast: Cast | None) -> int:
@@ -185,17 +178,8 @@ def _operand(written: list[Tensor | None], cast: Cast) -> Operand:
     return Operand(values.view(_dtype(cast)), scales, scale, cast)
 
 
-def cast_where(
-    fits: Callable[[Cast], bool], other: Callable, x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool
-) -> tuple:
-    """A backend's cast: here what `fits` says, by `other`, the cast of another backend, the rest."""
-    # Stochastic rounding draws row's seed first: a row of the other backend goes first, a column last.
-    other_row = None if row is None or fits(row) else other(x, row, None, False)[0]
-    our_row, our_col = _quantize_both(x, *(c if c is not None and fits(c) else None for c in (row, col)))
-    x_row = other_row if our_row is None else our_row
-    if col is None or fits(col):
-        return x_row, our_col
-    return x_row, other(x, None, col, keep_col)[1]
+def _exact(cast: Cast) -> bool:
+    return one_scale(cast) or has_blocks(cast)
 
 
 def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: bool = False):
@@ -203,7 +187,7 @@ def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: 
 
     What is kept for backward is the FP8 operand itself: half of BF16's bytes, and no work before it is multiplied.
     """
-    return cast_where(lambda c: one_scale(c) or has_blocks(c), bf16.cast, x, row, col, keep_col)
+    return cast_where(_exact, cast_both, bf16.cast, x, (row, col), keep_col)
 
 
 # ---------------------------------------------------------------------------- the product
@@ -232,12 +216,9 @@ def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     _check_pair(a, b)
     if a.scales is not None:
         return finished(_multiply_blocks(a, b, dtype if bias is None else torch.float32), None, None, bias, dtype)
-    per_row = [x.scale.dim() > 0 for x in (a, b)]
-    if not any(per_row) and (bias is None or bias.dtype == dtype != torch.float32):
+    inner, outer = inner_and_outer(a.scale, b.scale)
+    if outer == [None, None] and (bias is None or bias.dtype == dtype != torch.float32):
         return _scaled_mm(a, b, a.scale, b.scale, dtype, bias)
-    one = torch.ones((), device=a.values.device)
-    inner = [one if rows else x.scale for x, rows in zip((a, b), per_row, strict=True)]
-    outer = [x.scale if rows else None for x, rows in zip((a, b), per_row, strict=True)]
     return finished(_scaled_mm(a, b, *inner, torch.float32, None), *outer, bias, dtype)
 
 

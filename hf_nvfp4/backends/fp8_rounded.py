@@ -43,7 +43,12 @@ def _rounded_in(gemm: Gemm) -> list[Cast]:
 
 def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: bool = False):
     """x [M, K] quantized along K by `row`, xᵀ along M by `col`; None where not asked for."""
-    return fp8.cast_where(lambda c: fp8.one_scale(c) or fp8.is_nvfp4(c), _cast, x, row, col, keep_col)
+    return operand.cast_where(_by_fp8, fp8.cast_both, _cast, x, (row, col), keep_col)
+
+
+def _by_fp8(cast: Cast) -> bool:
+    """Whether backend fp8 casts it: exactly, or with the kernels' rounding."""
+    return fp8.one_scale(cast) or fp8.is_nvfp4(cast)
 
 
 def _cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool) -> tuple:

@@ -98,6 +98,23 @@ def quantize_rows(x: Tensor, cast: Cast, how: int) -> list[Tensor | None]:
     return quantize(x.contiguous(), cast, how, None, NOTHING, largest)[:3]
 
 
+def quantize_both(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_out: int) -> tuple:
+    """`quantize` from one read if the kernels know both casts; else what they don't know is left to PyTorch.
+
+    Returns the three tensors of each orientation, None for one not asked for.
+    """
+    if row is not None and (row.hadamard or row.outer == "row"):
+        rows = quantize_rows(x, row, row_out)
+        return rows, quantize_both(x, None, NOTHING, col, col_out)[1]
+    if col is not None and (col.hadamard > 16 or col.outer == "row"):
+        rows = quantize_both(x, row, row_out, None, NOTHING)[0]
+        return rows, quantize_rows(transposed(x, col), col, col_out)
+    if row is None and col is None:
+        return None, None
+    out = quantize(x, row, row_out, col, col_out)
+    return row and out[:3], col and out[3:]
+
+
 def _written(cast: Cast | None, how: int) -> int:
     """How many tensors the kernels write for a cast."""
     if cast is None:

@@ -1,5 +1,6 @@
-"""What backends share: an operand in high precision or as BF16 values, and xᵀ as an operand."""
+"""What backends share: an operand in high precision or as BF16 values, xᵀ as an operand, casts by two backends."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,25 @@ def transposed(x: Tensor, cast: Cast) -> Tensor:
     """
     missing = -x.shape[0] % max(16, cast.hadamard)
     return (F.pad(x, (0, 0, 0, missing)) if missing else x).T
+
+
+def cast_where(
+    fits: Callable, ours: Callable, other: Callable, x: Tensor, casts: tuple[Cast | None, Cast | None], keep_col: bool
+) -> tuple:
+    """A backend's cast of both orientations: by ours(x, row, col) what `fits` says, by another backend's `other` the
+    rest."""
+    row, col = casts
+    # Stochastic rounding draws row's seed first: a row of the other backend goes first, a column last.
+    other_row = None if row is None or fits(row) else other(x, row, None, False)[0]
+    our_row, our_col = ours(x, *(c if c is not None and fits(c) else None for c in casts))
+    other_col = None if col is None or fits(col) else other(x, None, col, keep_col)[1]
+    return other_row if our_row is None else our_row, our_col if other_col is None else other_col
+
+
+def inner_and_outer(*scales: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Operands' FP32 scales as a GEMM that takes scalars does, 1 for those of rows; and those of rows, or None."""
+    inner = [torch.ones((), device=s.device) if s.dim() else s for s in scales]
+    return inner, [s if s.dim() else None for s in scales]
 
 
 def finished(product: Tensor, scale_a: Tensor | None, scale_b: Tensor | None, bias: Tensor | None, dtype: torch.dtype):

@@ -104,7 +104,6 @@ class Grid(NamedTuple):
     """
 
     max: float
-    min_normal: float
     magic: int
     least_magic: int
     mask: int
@@ -123,7 +122,6 @@ def _grid(exponent_bits: int, mantissa: int, largest: float, nan_code: int) -> G
     wide = 16 if mantissa < 3 else 32  # at least 8 bits to cut
     return Grid(
         max=largest,
-        min_normal=2.0**smallest,
         # 1.5, so that a negative number added to it stays in the same binade.
         magic=(23 - mantissa << 23) + (1 << 22),
         least_magic=(smallest + 150 - mantissa << 23) + (1 << 22),
