@@ -38,12 +38,21 @@ class Plan(NamedTuple):
         return make() if casts is None else casts.once(x, (self.backend, self.dtype, row, col), make)
 
 
+def not_before(after: Tensor, x: Tensor) -> Tensor:
+    """x; in a compiled graph, made of x once `after` is there.
+
+    A compiler would do in the forward what backward does to a weight alone, and keep the result until then.
+    """
+    if not torch.compiler.is_compiling():
+        return x
+    return x * ~(after[0, 0] > torch.inf)  # 1, and NaN, inf and -0.0 stay: nobody knows before `after` is there
+
+
 class LinearFunction(torch.autograd.Function):
     """y = Q(x) Q(w)ᵀ + bias, dx = Q(dy) Q(w), dw = Q(dyᵀ) Q(xᵀ)ᵀ.
 
     Keeps for backward x cast for wgrad and packed, and the weight itself: it is cast again for dgrad, so
-    that nothing derived from it outlives the forward (FSDP frees it). A compiler may decide otherwise: inductor casts
-    it for dgrad in the forward, and keeps that.
+    that nothing derived from it outlives the forward (FSDP frees it).
     """
 
     @staticmethod
@@ -77,7 +86,7 @@ class LinearFunction(torch.autograd.Function):
                 dy, backend, row=recipe.dgrad.a if needs_dgrad else None, col=recipe.wgrad.a if needs_wgrad else None
             )
             if needs_dgrad:
-                _, w_col = plan.cast(plan.weight_casts, weight, None, recipe.dgrad.b)
+                _, w_col = plan.cast(plan.weight_casts, not_before(dy, weight), None, recipe.dgrad.b)
                 dx = multiply(dy_row, w_col, backend, plan.dtype)  # [T, N] @ [N, K]
                 # Not `dx.to(dtype)` where it has that dtype: see backends.operand.rounded.
                 dx = dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype)

@@ -81,9 +81,10 @@ def test_backends_agree_where_they_say_they_are_exact(device, recipe):
         torch.manual_seed(5)
         results[backend] = run(layer, x, dy)
     for backend, result in results.items():
-        # FP8 tensor cores keep about 14 bits of a sum until it goes to FP32 (arXiv 2412.19437, section 3.5.2).
+        # FP8 tensor cores keep about 14 bits of the largest product until a sum goes to FP32 (arXiv 2412.19437, section
+        # 3.5.2): 4.5e-4 was seen in short sums, less in long ones; BF16 results are rounded by 1.7e-3.
         exact = BACKENDS[backend].exactness(RECIPES[recipe]).startswith("exact")
-        tolerance = 3e-4 if backend == "fp8" else 3e-7 if exact else 5e-3
+        tolerance = 1e-3 if backend == "fp8" else 3e-7 if exact else 5e-3
         for got, expected in zip(result, results["reference"], strict=True):
             assert relative(got, expected) < tolerance, backend
     assert (bf16.exactness(RECIPES[recipe]) == "exact") == (recipe != "fp8")

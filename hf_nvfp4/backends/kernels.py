@@ -68,8 +68,9 @@ def amax(x: Tensor, row: Cast | None, col: Cast | None) -> Tensor:
         return ops.amax(x, of_row, col.hadamard)
     if not torch.compiler.is_compiling():
         return ops.amax(x, True, 0 if of_col and col.outer != "bound" else -1)
-    # Not by an operator: inductor makes this a part of the kernel that makes x.
-    largest = x.abs().amax().float()
+    # Not by an operator: inductor makes this a part of the kernel that makes x. By rows first, as such kernels run; a
+    # reduction of all at once is split otherwise, and reads what x is made of once more.
+    largest = x.abs().amax(1).amax().float()
     return torch.stack((largest, largest)) if of_col and col.outer != "bound" else largest.reshape(1)
 
 
