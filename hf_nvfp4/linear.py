@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_nvfp4.gemm import backend_for, backend_name, cast, check_backend, multiply
-from hf_nvfp4.recipes import Cast, Recipe, get_recipe
+from hf_nvfp4.recipes import BY_KEY, Cast, Recipe, get_recipe
 from hf_nvfp4.sharing import Casts, WeightCasts, can_keep, casts_of_input
 
 
@@ -137,6 +137,7 @@ class NVFP4Linear(nn.Linear):
         self.high_precision = high_precision
         self.train_recipe = recipe.active(high_precision)
         self.eval_recipe = self.train_recipe.per_token()
+        self.train_key, self.eval_key = self.train_recipe.key, self.eval_recipe.key
 
     @classmethod
     def convert(
@@ -155,7 +156,7 @@ class NVFP4Linear(nn.Linear):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if x.numel() == 0:
             return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-        recipe = self.train_recipe if self.training else self.eval_recipe
+        recipe = BY_KEY[self.train_key if self.training else self.eval_key]
         wgrad = self.weight.requires_grad and torch.is_grad_enabled()
         backend = backend_for(self.backend, recipe, x.device)
         # A compiled graph merges equal casts by itself, and has to see each.

@@ -9,6 +9,7 @@ Pure data. To add a recipe, add one value to the list at the end of this file, o
 
 import dataclasses
 import difflib
+import hashlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -144,6 +145,11 @@ class Gemm(NamedTuple):
 HIGH_PRECISION = Gemm(Cast("bf16"), Cast("bf16"))
 
 
+# Every recipe that there is, by `Recipe.key`: where torch.compile finds them. It makes variables of numbers that differ
+# between recipes which it found in one place, a layer's attribute say; here each has a place of its own.
+BY_KEY: dict[str, "Recipe"] = {}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Three GEMMs, and the transformer blocks that stay in BF16 unless the user says otherwise.
@@ -151,6 +157,7 @@ class Recipe:
     keep_bf16_first, keep_bf16_last: blocks at either end; an int counts them, a float is a fraction of
         all of them, rounded to the nearest count.
     source: where the recipe was published.
+    key: short text that no other recipe has.
     """
 
     name: str
@@ -172,6 +179,12 @@ class Recipe:
                 )
         check_block_count("keep_bf16_first", self.keep_bf16_first)
         check_block_count("keep_bf16_last", self.keep_bf16_last)
+        key = f"{self.name} {hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"
+        self.__setstate__(vars(self) | {"key": key})
+
+    def __setstate__(self, state: dict):
+        vars(self).update(state)
+        BY_KEY.setdefault(self.key, self)
 
     @property
     def gemms(self) -> dict[str, Gemm]:

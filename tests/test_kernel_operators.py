@@ -130,6 +130,17 @@ def test_a_layer_compiles_into_one_graph(device, on_kernels, launches, recipe):
     assert found == wanted and (recipe == "bf16") == ("cast_kernel" not in eager)
 
 
+def test_layers_of_many_recipes_compile_one_after_the_other(device, on_kernels):
+    """Their numbers stay constants: as attributes that change, torch made them variables."""
+    torch._dynamo.reset()
+    x = torch.randn(48, 64, device=device, requires_grad=True)
+    for recipe in ("nvfp4", "nvfp4_unbiased", "nvfp4_hopper", "fp8_tensor"):
+        layer = NVFP4Linear(64, 48, recipe=recipe, backend="bf16", device=device)
+        y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        y.sum().backward()
+        assert relative(y, layer(x)) < 1e-6
+
+
 def test_a_graph_keeps_what_is_made_of_x_and_nothing_made_of_the_weight(device, on_kernels):
     layer = NVFP4Linear(256, 128, recipe=NEAREST, backend="bf16", device=device)
     x = torch.randn(16, 256, device=device, dtype=torch.bfloat16, requires_grad=True)

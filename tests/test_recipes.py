@@ -1,13 +1,15 @@
 """Formats and recipes are data that checks itself."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
 
 from hf_nvfp4 import RECIPES, Cast, Recipe, register_recipe
 from hf_nvfp4.formats import E2M1, E4M3, E5M2, FORMATS, SCALE_RULES
-from hf_nvfp4.recipes import HIGH_PRECISION, MX_SR_HEADROOM, get_recipe
+from hf_nvfp4.recipes import BY_KEY, HIGH_PRECISION, MX_SR_HEADROOM, get_recipe
 
 
 def test_element_grids_are_the_published_ones():
@@ -114,3 +116,12 @@ def test_per_token_recipes_change_the_activations_only():
     recipe = RECIPES["nvfp4"].per_token()
     assert recipe.fprop.a == Cast(outer="row") and recipe.fprop.b == Cast(square=True)
     assert RECIPES["fp8"].per_token() == RECIPES["fp8"]
+
+
+def test_every_recipe_is_found_by_its_key(monkeypatch):
+    recipes = [*RECIPES.values(), *(recipe.per_token() for recipe in RECIPES.values())]
+    assert all(BY_KEY[recipe.key] == recipe for recipe in recipes)
+    assert len({recipe.key for recipe in recipes}) == len(set(recipes))
+    pickled, copied = pickle.dumps(recipes[0]), copy.deepcopy(recipes[1])
+    monkeypatch.delitem(BY_KEY, recipes[0].key)  # as in another process
+    assert pickle.loads(pickled) == recipes[0] == BY_KEY[recipes[0].key] and BY_KEY[copied.key] == copied
