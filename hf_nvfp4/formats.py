@@ -95,9 +95,9 @@ SCALE_RULES = {
     "best": "of the scale by amax and two neighbours, the one with the least squared error",
     "fp8_exact": "of {1, 1.25, 1.5}·2^e, so that every element × scale is an E4M3 value: nearest to the scales that "
     "make the largest magnitude 6 or 4, whichever errs less by squared error; under stochastic rounding the next one "
-    "above, so that nothing saturates",
+    "above, so that nothing saturates; under MS-EDEN the nearest, then a neighbour of what corrects it",
 }
-# Those that look at rounding errors: they would bias stochastic rounding.
+# Those that look at rounding errors: they would bias stochastic rounding and MS-EDEN.
 CHOOSING_RULES = ("4over6", "4over6_mse", "best")
 # Rule "fp8_exact": significands of its scales, and the smallest and largest of these. Times E2M1's 0.5 ... 6, whose
 # significands are 1 and 1.5, that needs E4M3's four bits and stays between its 2^-9 and 448.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_nvfp4.backends import BACKENDS, BY_NAME_ONLY
-from hf_nvfp4.recipes import Cast, Recipe, unknown
+from hf_nvfp4.recipes import Cast, Gemm, Recipe, unknown
+from hf_nvfp4.rounding import draw_seed, flip
 
 
 def check_backend(name: str) -> None:
@@ -41,13 +42,43 @@ def backend_for(name: str, recipe: Recipe, device: torch.device) -> ModuleType:
     return BACKENDS[backend_name(name, recipe, device)]
 
 
-def cast(x: Tensor, backend: ModuleType, *, row: Cast | None = None, col: Cast | None = None, keep_col: bool = False):
+def draw_signs(gemm: Gemm, device: torch.device) -> Tensor | None:
+    """A fresh seed, int32 [2], of the signs with which both operands of a GEMM are rotated; None if they are fixed.
+
+    From torch's default generator; the same on ranks that were seeded alike, so that parts of an operand on different
+    ranks (tensor parallelism) are rotated alike.
+    """
+    return draw_seed(device, by_rank=False) if gemm.a.signs == "random" else None
+
+
+def cast(
+    x: Tensor,
+    backend: ModuleType,
+    *,
+    row: Cast | None = None,
+    col: Cast | None = None,
+    keep_col: bool = False,
+    row_signs: Tensor | None = None,
+    col_signs: Tensor | None = None,
+):
     """x [M, K] quantized along K by `row`, and xᵀ [K, M] along M by `col`; None where not asked for.
 
     M is padded with zeros to the multiple that col's blocks and rotation need.
     keep_col: return the second packed, to be saved for the backward pass.
+    row_signs, col_signs: `draw_signs` of the GEMMs that they are operands of.
     """
-    return backend.cast(x, row, col, keep_col)
+    for how, signs in ((row, row_signs), (col, col_signs)):
+        if how is not None and (how.signs == "random") != (signs is not None):
+            raise ValueError(f"{how} {'needs' if signs is None else 'takes no'} drawn signs")
+    if row_signs is None and col_signs is None:
+        return backend.cast(x, row, col, keep_col)
+    # Backends know fixed signs only: x is flipped for them.
+    a = b = None
+    if row is not None:
+        a = backend.cast(x if row_signs is None else flip(x, row_signs, row.hadamard, 1), row, None, False)[0]
+    if col is not None:
+        b = backend.cast(x if col_signs is None else flip(x, col_signs, col.hadamard, 0), None, col, keep_col)[1]
+    return a, b
 
 
 def multiply(a, b, backend: ModuleType, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:

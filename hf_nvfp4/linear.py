@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_nvfp4.gemm import backend_for, backend_name, cast, check_backend, multiply
-from hf_nvfp4.recipes import BY_KEY, Cast, Recipe, get_recipe
+from hf_nvfp4.gemm import backend_for, backend_name, cast, check_backend, draw_signs, multiply
+from hf_nvfp4.recipes import BY_KEY, Cast, Gemm, Recipe, get_recipe
 from hf_nvfp4.sharing import Casts, WeightCasts, can_keep, casts_of_input
 
 
@@ -29,19 +29,32 @@ class Plan(NamedTuple):
     wgrad: bool
     weight_casts: Casts | None
 
-    def cast(self, casts: Casts | None, x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False) -> tuple:
+    def cast(
+        self, casts: Casts | None, x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False, **signs
+    ) -> tuple:
         """As `gemm.cast`, of x rounded to the compute dtype; or what `casts` has of it already."""
 
         def make():
-            return cast(x.to(self.dtype), self.backend, row=row, col=col, keep_col=keep_col)
+            return cast(x.to(self.dtype), self.backend, row=row, col=col, keep_col=keep_col, **signs)
 
         return make() if casts is None else casts.once(x, (self.backend, self.dtype, row, col), make)
+
+    @property
+    def keeps_x(self) -> bool:
+        """Whether x is kept for wgrad as it is: its cast there needs signs that are drawn in backward."""
+        return self.wgrad and self.recipe.wgrad.b.signs == "random"
+
+    def draw_signs(self, gemm: Gemm, dy: Tensor) -> Tensor | None:
+        """`gemm.draw_signs`, once in a compiled graph too."""
+        signs = draw_signs(gemm, dy.device)
+        return None if signs is None else not_before(dy, signs)
 
 
 def not_before(after: Tensor, x: Tensor) -> Tensor:
     """x; in a compiled graph, made of x once `after` is there.
 
-    A compiler would do in the forward what backward does to a weight alone, and keep the result until then.
+    A compiler would do in the forward what backward does to a weight alone, and keep the result until then; or do it
+    twice, which for random numbers is not the same.
     """
     if not torch.compiler.is_compiling():
         return x
@@ -52,7 +65,8 @@ class LinearFunction(torch.autograd.Function):
     """y = Q(x) Q(w)ᵀ + bias, dx = Q(dy) Q(w), dw = Q(dyᵀ) Q(xᵀ)ᵀ.
 
     Keeps for backward x cast for wgrad and packed, and the weight itself: it is cast again for dgrad, so
-    that nothing derived from it outlives the forward (FSDP frees it).
+    that nothing derived from it outlives the forward (FSDP frees it). Where wgrad's operands are rotated with signs of
+    their own each time, these are drawn in backward, and x itself is kept.
     """
 
     @staticmethod
@@ -63,10 +77,12 @@ class LinearFunction(torch.autograd.Function):
         """
         recipe, backend = plan.recipe, plan.backend
         with torch.autocast(x.device.type, enabled=False):
-            x_row, x_col = plan.cast(input_casts, x, recipe.fprop.a, recipe.wgrad.b if plan.wgrad else None, True)
-            w_row, _ = plan.cast(plan.weight_casts, weight, recipe.fprop.b, None)
+            signs = draw_signs(recipe.fprop, x.device)
+            col = recipe.wgrad.b if plan.wgrad and not plan.keeps_x else None
+            x_row, x_col = plan.cast(input_casts, x, recipe.fprop.a, col, True, row_signs=signs)
+            w_row, _ = plan.cast(plan.weight_casts, weight, recipe.fprop.b, None, row_signs=signs)
             y = multiply(x_row, w_row, backend, plan.dtype, bias)
-        ctx.save_for_backward(weight, *(x_col.tensors if plan.wgrad else ()))
+        ctx.save_for_backward(weight, *((x,) if plan.keeps_x else x_col.tensors if plan.wgrad else ()))
         ctx.operand = type(x_col)
         ctx.plan, ctx.x_dtype = plan, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -82,16 +98,27 @@ class LinearFunction(torch.autograd.Function):
         needs_dgrad, needs_wgrad, needs_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
         with torch.autocast(dy.device.type, enabled=False):
+            signs = plan.draw_signs(recipe.dgrad, dy) if needs_dgrad else None
+            wgrad_signs = plan.draw_signs(recipe.wgrad, dy) if needs_wgrad else None
             dy_row, dy_col = cast(
-                dy, backend, row=recipe.dgrad.a if needs_dgrad else None, col=recipe.wgrad.a if needs_wgrad else None
+                dy,
+                backend,
+                row=recipe.dgrad.a if needs_dgrad else None,
+                col=recipe.wgrad.a if needs_wgrad else None,
+                row_signs=signs,
+                col_signs=wgrad_signs,
             )
             if needs_dgrad:
-                _, w_col = plan.cast(plan.weight_casts, not_before(dy, weight), None, recipe.dgrad.b)
+                w = not_before(dy, weight)
+                _, w_col = plan.cast(plan.weight_casts, w, None, recipe.dgrad.b, col_signs=signs)
                 dx = multiply(dy_row, w_col, backend, plan.dtype)  # [T, N] @ [N, K]
                 # Not `dx.to(dtype)` where it has that dtype: see backends.operand.rounded.
                 dx = dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype)
             if needs_wgrad:
-                x_col = ctx.operand(*x_col, recipe.wgrad.b)
+                if plan.keeps_x:
+                    _, x_col = plan.cast(None, *x_col, None, recipe.wgrad.b, col_signs=wgrad_signs)
+                else:
+                    x_col = ctx.operand(*x_col, recipe.wgrad.b)
                 dw = multiply(dy_col, x_col, backend, weight.dtype)  # [N, T] @ [T, K]
             if needs_bias:
                 db = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)

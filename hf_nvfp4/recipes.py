@@ -13,9 +13,10 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hf_nvfp4.formats import CHOOSING_RULES, FORMATS, SCALE_RULES, BlockFormat
+from hf_nvfp4.formats import CHOOSING_RULES, FORMATS, SCALE_RULES, BlockFormat, Element
 
-ROUNDINGS = ("nearest", "stochastic")
+ROUNDINGS = ("nearest", "stochastic", "eden")
+SIGNS = ("fixed", "random")
 OUTER_SCALES = ("tensor", "row", "bound")
 GEMM_CHOICES = ("all", "forward")
 
@@ -48,8 +49,12 @@ class Cast:
 
     format: a key of `formats.FORMATS`.
     square: blocks of block × block elements, so that Q(w.T) == Q(w).T; else 1 × block.
-    rounding: "nearest" (ties to even) or "stochastic" (up with probability distance / step).
+    rounding: "nearest" (ties to even), "stochastic" (up with probability distance / step), or "eden" (MS-EDEN, arXiv
+        2601.22813, for nvfp4 with scale rules "amax" and "fp8_exact"): elements to nearest, then the block's scale is
+        multiplied by <x, x> / <x, Q(x)> and rounded stochastically. Over random rotations (hadamard=128,
+        signs="random") that is unbiased, with less than half of the squared error of stochastic rounding.
     hadamard: size of the random Hadamard transform along the contraction dimension; 0: none.
+    signs: those of the transform: "fixed", the same everywhere, or "random", drawn anew for each GEMM.
     headroom: factor on the scales. `SR_HEADROOM` makes stochastic rounding unbiased (no element
         saturates); 1.0 is NVIDIA's choice, with a bias of about -0.3% on N(0,1). Powers of two can't take it
         up: it becomes the tensor scale, a constant (`MX_SR_HEADROOM` for mxfp4).
@@ -68,6 +73,7 @@ class Cast:
     headroom: float = 1.0
     outer: str = "tensor"
     scale_rule: str = "amax"
+    signs: str = "fixed"
 
     def __post_init__(self):
         if self.format not in FORMATS:
@@ -93,7 +99,13 @@ class Cast:
             raise ValueError(f"format {self.format!r} has no FP32 scale above its blocks for outer={self.outer!r}")
         if self.outer == "bound" and not self.hadamard:
             raise ValueError("outer='bound' is for casts with a Hadamard transform; without one, use outer='tensor'")
+        if self.signs not in SIGNS:
+            raise unknown("choice of signs", self.signs, SIGNS)
+        if self.signs == "random" and not self.hadamard:
+            raise ValueError("signs='random' are those of a Hadamard transform; give its size, hadamard=128, say")
         self._check_scale_rule()
+        if self.rounding == "eden":
+            self._check_eden()
 
     def _check_scale_rule(self):
         if self.scale_rule not in SCALE_RULES:
@@ -104,10 +116,29 @@ class Cast:
                 f"format {self.format!r} has no scale rule {self.scale_rule!r}, only "
                 f"{', '.join(self.block_format.scale_rules)}; {self.scale_rule!r} is for {', '.join(fitting)}"
             )
-        if self.scale_rule in CHOOSING_RULES and self.rounding == "stochastic":
+        if self.scale_rule in CHOOSING_RULES and self.rounding != "nearest":
+            biased = {"stochastic": "stochastic rounding", "eden": "MS-EDEN"}[self.rounding]
             raise ValueError(
-                f"scale_rule={self.scale_rule!r} chooses a scale by its rounding errors, which biases stochastic "
-                "rounding. Use rounding='nearest' or scale_rule='amax'."
+                f"scale_rule={self.scale_rule!r} chooses a scale by its rounding errors, which biases {biased}. "
+                "Use rounding='nearest' or scale_rule='amax'."
+            )
+
+    def _check_eden(self):
+        if not isinstance(self.block_format.scale, Element):
+            fitting = [name for name, fmt in FORMATS.items() if isinstance(fmt.scale, Element)]
+            raise ValueError(
+                f"rounding='eden' corrects block scales that have significands; format {self.format!r} has none "
+                f"such. It is for {', '.join(fitting)}"
+            )
+        if self.square:
+            raise ValueError(
+                "rounding='eden' draws a scale for each 1×16 block of a rotated operand; square blocks can't be "
+                "rotated. Use square=False."
+            )
+        if self.headroom != 1.0:
+            raise ValueError(
+                f"headroom={self.headroom:g} keeps elements from saturating, which rounding='eden' corrects by itself. "
+                "Use headroom=1.0."
             )
 
     @property
@@ -115,14 +146,19 @@ class Cast:
         """The format's definition."""
         return FORMATS[self.format]
 
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers go into it, so that two casts of one tensor differ."""
+        return self.rounding != "nearest" or self.signs == "random"
+
     def __str__(self) -> str:
         parts = [self.format]
         if block := self.block_format.block:
             parts.append(f"{block if self.square else 1}×{block}")
         if self.hadamard:
-            parts.append(f"RHT-{self.hadamard}")
+            parts.append(f"RHT-{self.hadamard}" + (" redrawn" if self.signs == "random" else ""))
         if not self.block_format.high_precision:
-            parts.append("SR" if self.rounding == "stochastic" else "RNE")
+            parts.append({"nearest": "RNE", "stochastic": "SR", "eden": "MS-EDEN"}[self.rounding])
         if self.scale_rule != "amax":
             parts.append(self.scale_rule)
         if self.headroom != 1.0:
@@ -177,6 +213,11 @@ class Recipe:
                     f"recipe {self.name!r}: {gemm} rotates its operands by Hadamard {pair.a.hadamard} and "
                     f"{pair.b.hadamard}; a rotation cancels in the product only if both have the same"
                 )
+            if pair.a.signs != pair.b.signs:
+                raise ValueError(
+                    f"recipe {self.name!r}: {gemm} rotates its operands with {pair.a.signs} and {pair.b.signs} signs; "
+                    "a rotation cancels in the product only if both have the same"
+                )
         check_block_count("keep_bf16_first", self.keep_bf16_first)
         check_block_count("keep_bf16_last", self.keep_bf16_last)
         key = f"{self.name} {hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"
@@ -206,12 +247,12 @@ class Recipe:
         """This recipe for inference: each token's activations have their own scale in fprop.
 
         A scale over the whole tensor would let a token's output depend on the batch, its padding and the
-        tokens that come after it.
+        tokens that come after it; redrawn signs of a rotation, on the draw: they are the fixed ones.
         """
-        x = self.fprop.a
-        if not x.block_format.tensor_scale:
-            return self
-        return dataclasses.replace(self, fprop=(dataclasses.replace(x, outer="row"), self.fprop.b))
+        x, w = (dataclasses.replace(cast, signs="fixed") for cast in self.fprop)
+        if x.block_format.tensor_scale:
+            x = dataclasses.replace(x, outer="row")
+        return dataclasses.replace(self, fprop=(x, w))
 
     def in_bf16(self, gemms: str) -> "Recipe":
         """This recipe with "all" GEMMs, or the "forward" one only, in BF16 (the late switch of 2509.25149)."""

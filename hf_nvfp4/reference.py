@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_nvfp4.eden import LIMITS, corrected
 from hf_nvfp4.formats import (
     CHOOSING_RULES,
     E2M1,
@@ -35,6 +36,7 @@ from hf_nvfp4.rounding import (
     random_bytes,
     rotate,
     round_to,
+    sum16,
     unpack_nibbles,
 )
 
@@ -110,6 +112,8 @@ def _two_level(x: Tensor, amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Ten
         scale_max = CHOOSING_SCALE_MAX
     if cast.scale_rule == "fp8_exact":
         scale_max = FP8_EXACT_RANGE[1]
+    if cast.rounding == "eden":
+        element_max, scale_max = LIMITS[cast.scale_rule]
     largest = element_max * scale_max / cast.headroom
     # A true division: `number / tensor` is number · (1 / tensor) in torch, which rounds twice.
     encode_scale = (torch.full_like(amax, largest) / amax).clamp(max=FLOAT32_MAX)
@@ -158,13 +162,16 @@ def _candidates(ideal: Tensor, cast: Cast) -> list[Tensor]:
 
     4/6: E4M3(ideal), E4M3(ideal · 1.5). "best": codes of the first + `BEST_OFFSETS`, kept in 1 ... 126 (448).
     "fp8_exact": ideal and ideal · 1.5, each rounded; with stochastic rounding the one above ideal alone.
+    Rounding "eden": ideal rounded alone, at least the smallest scale above zero: what it makes too large, is corrected.
     """
     element = cast.block_format.scale
     if cast.scale_rule == "fp8_exact":
-        if cast.rounding == "stochastic":
-            return [_stored_fp8_exact(ideal, up=True)]
+        if cast.rounding != "nearest":
+            return [_stored_fp8_exact(ideal, up=cast.rounding == "stochastic")]
         return [_stored_fp8_exact(ideal, up=False), _stored_fp8_exact(ideal * 1.5, up=False)]
     scales = _stored(ideal, element)
+    if cast.rounding == "eden":
+        return [scales.clamp_(min=element.grid[1])]
     if cast.scale_rule == "amax":
         return [scales]
     if cast.scale_rule != "best":
@@ -205,7 +212,7 @@ def _error(d: Tensor, first: Tensor, cast: Cast) -> Tensor:
     squared = cast.scale_rule != "4over6"
     d = d.square_() if squared else d.abs_()
     if not cast.square:
-        return _sum16(d)
+        return sum16(d)
     unit = _error_unit(first, squared)
     return d.add_(unit).sub_(unit).sum(dim=(1, 3), keepdim=True)
 
@@ -231,13 +238,6 @@ def _error_unit(scales: Tensor, squared: bool) -> Tensor:
     """2^12 · p, or 2^12 · p²; see `_least_error`."""
     power = (scales.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**-9)
     return (power.square_() if squared else power).mul_(_ERROR_UNIT)
-
-
-def _sum16(d: Tensor) -> Tensor:
-    """[..., 16] -> [..., 1], halves added to halves."""
-    for half in (8, 4, 2, 1):
-        d = d[..., :half] + d[..., half:]
-    return d
 
 
 def _powers_of_two(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,8 +270,11 @@ def _one_level(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
     return blocks * (1.0 / scales), scales, torch.ones((), device=x.device)
 
 
+# ---------------------------------------------------------------------------- the cast
+
+
 def prepare(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a cast needs to know of the whole tensor: x (rotated if the cast says so), its amax, a seed for SR.
+    """What a cast needs to know of the whole tensor: x (rotated if the cast says so), its amax, a seed for rounding.
 
     amax: scalar (where the cast says so, the bound that it has before the rotation), or [M, 1] with per-row scales;
         unused by formats without a tensor scale.
@@ -283,7 +286,7 @@ def prepare(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> 
         x = rotate(x, cast.hadamard)
     if cast.outer != "bound" and cast.block_format.tensor_scale:
         amax = _amax(x, cast.outer).float()
-    return x, amax, draw_seed(x.device, generator) if cast.rounding == "stochastic" else None
+    return x, amax, None if cast.rounding == "nearest" else draw_seed(x.device, generator)
 
 
 def quantize_rows(x: Tensor, amax: Tensor, seed: Tensor | None, cast: Cast, first_row: int = 0) -> Blocks:
@@ -302,9 +305,13 @@ def quantize_rows(x: Tensor, amax: Tensor, seed: Tensor | None, cast: Cast, firs
     else:
         scaled, scales, tensor_scale = _block_view(x, 1, x.shape[1]), None, torch.ones((), device=x.device)
     random = None
-    if seed is not None:
+    if cast.rounding == "stochastic":
         random = _block_view(random_bytes(x, seed, first_row), scaled.shape[1], scaled.shape[3])
-    return Blocks(round_to(scaled, fmt.element, random), scales, tensor_scale, tuple(x.shape))
+    elements = round_to(scaled, fmt.element, random)
+    if cast.rounding == "eden":
+        random = random_bytes(scales[:, 0, :, 0], seed, first_row)[:, None, :, None]
+        scales = corrected(scaled, elements, scales, random, cast)
+    return Blocks(elements, scales, tensor_scale, tuple(x.shape))
 
 
 def quantize_blocks(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> Blocks:
@@ -388,19 +395,24 @@ def quantize(x: Tensor, cast: Cast, *, generator: torch.Generator | None = None)
         x: [M, K], float32, bfloat16 or float16. For 4-bit formats K must be a multiple of the block; with a
             Hadamard transform, of its size; for square blocks of 4-bit formats M too.
         cast: how; `Cast()` is NVFP4 with 1×16 blocks, rounded to nearest.
-        generator: source of stochastic rounding, on x's device; torch's default one if None.
+        generator: source of all random numbers, on x's device; torch's default one if None.
 
     Returns:
         A `QuantizedTensor` with `.codes`, `.scales`, `.tensor_scale` and `.dequantize(dtype)`.
 
     Raises:
-        TypeError: x is not a floating-point tensor. ValueError: wrong rank, size or format.
+        TypeError: x is not a floating-point tensor. ValueError: wrong rank, size or format, or redrawn signs.
     """
     if not x.is_floating_point() or x.dtype == torch.float64:
         raise TypeError(f"quantize takes float32, bfloat16 or float16, not {x.dtype}; convert it first")
     if x.dim() != 2 or not x.numel():
         raise ValueError(f"quantize takes a non-empty 2-D tensor, not {tuple(x.shape)}; reshape it to [rows, features]")
     fmt = cast.block_format
+    if cast.signs == "random":
+        raise ValueError(
+            "signs='random' are drawn for both operands of a GEMM, by a layer. Quantize "
+            "hf_nvfp4.rounding.flip(x, seed, cast.hadamard, 1) with signs='fixed'."
+        )
     if fmt.high_precision:
         raise ValueError(f"{cast.format!r} is a plain floating-point type: use x.to({fmt.element.dtype})")
     multiple = max(cast.hadamard, fmt.block if fmt.element.bits < 8 else 1)

@@ -1,4 +1,4 @@
-"""Elements in plain PyTorch: rounding to a grid, codes, random bits, the random Hadamard transform.
+"""Elements in plain PyTorch: rounding to a grid, codes, random bits, sums, the random Hadamard transform.
 
 Knows `formats.Element`; knows nothing of blocks, scales and casts. Every operation is prescribed to the bit, in FP32,
 so that a kernel can repeat it. Runs on any device and compiles.
@@ -138,16 +138,28 @@ def random_bytes(x: Tensor, seed: Tensor, first_row: int = 0) -> Tensor:
     return (word[:, :, None] >> (i & 1) * 16 + (i >> 1) * 8).to(torch.uint8).flatten(1)[:, :k]
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+def draw_seed(device: torch.device, generator: torch.Generator | None = None, by_rank: bool = True) -> Tensor:
     """A fresh seed, int32 [2], from `generator` or torch's default one, different on every rank.
 
     The default generator is what Trainer saves and restores, so that a resumed run draws the same numbers;
     but Trainer seeds every rank alike, hence the rank here.
+    by_rank: False for what ranks that share a tensor must agree on, the signs of a rotation: ranks that were seeded
+        alike and have drawn as often get the same seed.
     """
     seed = torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device=device, generator=generator)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if by_rank and torch.distributed.is_available() and torch.distributed.is_initialized():
         seed = _mix(seed + torch.distributed.get_rank())
     return seed
+
+
+# ---------------------------------------------------------------------------- sums
+
+
+def sum16(d: Tensor) -> Tensor:
+    """[..., 16] -> [..., 1], halves added to halves: the first 8 to the last 8, 4 to 4, 2 to 2, 1 to 1."""
+    for half in (8, 4, 2, 1):
+        d = d[..., :half] + d[..., half:]
+    return d
 
 
 # ---------------------------------------------------------------------------- Hadamard transform
@@ -157,6 +169,17 @@ def _rht_signs(size: int, device: torch.device) -> Tensor:
     """FP32 [size, 1]; the signs repeat beyond 16. Integer arithmetic on the device: no copy from the host."""
     index = torch.arange(size, device=device, dtype=torch.int32)
     return (1 - 2 * ((_RHT_MINUS >> (index % 16)) & 1)).float()[:, None]
+
+
+def flip(x: Tensor, seed: Tensor, size: int, dim: int) -> Tensor:
+    """x with `size` drawn signs along a dimension, again and again: those of a random Hadamard transform, drawn anew.
+
+    Exact. `rotate` has signs of its own, and these times those are as random as these. seed: int32 [2]; sign i is minus
+    where the top bit of byte i in row 0 of `random_bytes` is set.
+    """
+    signs = 1 - 2 * (random_bytes(torch.empty(1, size, device=x.device), seed)[0] >> 7).int()
+    signs = signs[torch.arange(x.shape[dim], device=x.device) % size].to(x.dtype)
+    return x * (signs[:, None] if dim == 0 else signs)
 
 
 def _round_bf16(v: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Casts:
         """
         if _must_not_share(tensor) or not self.knows(tensor):
             return make()
-        if any(isinstance(part, Cast) and part.rounding == "stochastic" for part in how):
+        if any(isinstance(part, Cast) and part.draws for part in how):
             return make()
         key = (*how, _stream(tensor.device))
         if key not in self.operands:

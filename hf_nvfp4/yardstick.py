@@ -28,7 +28,7 @@ def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False) 
     if row and col and x.device.type in APART:
         return cast(x, row, None)[0], cast(x, None, col, keep_col)[1]
     casts = row, col
-    seeds = [draw_seed(x.device) if c and c.rounding == "stochastic" else None for c in casts]
+    seeds = [draw_seed(x.device) if c and c.rounding != "nearest" else None for c in casts]
     keeps = False, bool(col) and keep_col and not col.block_format.high_precision
     tensors = _compiled(_casts, casts, keeps)(x, seeds)
     kinds = (QuantizedTensor if keep else Operand for keep in keeps)

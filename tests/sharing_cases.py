@@ -13,8 +13,15 @@ from hf_nvfp4.gemm import cast
 SR, RN, RN_2D, RN_H = Cast(rounding="stochastic"), Cast(), Cast(square=True), Cast(hadamard=16)
 NEAREST = Recipe("nearest", (RN, RN_2D), (RN, RN_2D), (RN_H, RN_H))
 # What draws random numbers is cast each time: x in either of its casts, the weight.
-DRAWS_X = [Recipe("draws_x", (SR, RN), (RN, RN), (RN, RN)), Recipe("keeps_x", (RN, RN), (RN, RN), (RN, SR))]
+EDEN, REDRAWN = Cast(rounding="eden"), Cast(hadamard=16, signs="random")
+DRAWS_X = [
+    Recipe("draws_x", (SR, RN), (RN, RN), (RN, RN)),
+    Recipe("keeps_x", (RN, RN), (RN, RN), (RN, SR)),
+    Recipe("corrects_x", (EDEN, RN), (RN, RN), (RN, RN)),
+]
+REDRAWS_X = Recipe("redraws_x", (RN, RN), (RN, RN), (REDRAWN, REDRAWN))  # in backward, once more
 DRAWS_W = Recipe("draws_w", (RN, SR), (RN, SR), (RN, RN))
+REDRAWS_W = Recipe("redraws_w", (REDRAWN, REDRAWN), (REDRAWN, REDRAWN), (RN, RN))
 FORWARD_IN_BF16 = RECIPES["nvfp4"].in_bf16("forward")
 T, K = 37, 64
 
@@ -46,8 +53,8 @@ class Recorded(list):
         super().__init__()
         self._row, self._col = [], []
 
-    def __call__(self, x, backend, *, row=None, col=None, keep_col=False):
-        operands = cast(x, backend, row=row, col=col, keep_col=keep_col)
+    def __call__(self, x, backend, *, row=None, col=None, **options):
+        operands = cast(x, backend, row=row, col=col, **options)
         self.append((tuple(x.shape), row, col))
         for operand, references in zip(operands, (self._row, self._col), strict=True):
             references += [weakref.ref(t) for t in operand.tensors if t is not None] if operand else []

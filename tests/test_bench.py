@@ -95,10 +95,10 @@ def test_fp32_weights_run_under_autocast(bench, tmp_path, traced):
 def test_a_variant_that_fails_is_a_row_and_the_others_go_on(bench, tmp_path, capsys, monkeypatch):
     honest = bf16.cast
 
-    def broken(x, row, col, keep_col):
+    def broken(x, row, *others):
         if row == Cast(rounding="stochastic"):
             raise RuntimeError("no such | instruction\nsecond line")
-        return honest(x, row, col, keep_col)
+        return honest(x, row, *others)
 
     monkeypatch.setattr(bf16, "cast", broken)
     status, report = run(bench, tmp_path, "casts", "--cast_shapes", "32x64", "--casts", "sr", "rne")
@@ -120,8 +120,8 @@ def test_a_wrong_cast_is_not_timed(bench, tmp_path, monkeypatch):
 
 
 def _one_code_off(cast):
-    def off(x, row, col, keep_col):
-        operands = cast(x, row, col, keep_col)
+    def off(*arguments):
+        operands = cast(*arguments)
         if operands[0] is not None:
             operands[0].values[0, 0] = 2 * operands[0].values[0, 0] + 1
         return operands
@@ -321,9 +321,9 @@ def test_layer_calls_are_those_of_the_layer(device, monkeypatch):
     recipe, seen = get_recipe("nvfp4"), []
     honest = reference.cast
 
-    def spy(x, row, col, keep_col):
+    def spy(x, row, col, keep_col, *signs):
         seen.append((tuple(x.shape), benchmarks.Call(row, col, keep_col)))
-        return honest(x, row, col, keep_col)
+        return honest(x, row, col, keep_col, *signs)
 
     monkeypatch.setattr(reference, "cast", spy)
     benchmarks.Step.of_linear((16, 32, 48), device, torch.bfloat16).with_recipe(recipe, "reference")()

@@ -17,6 +17,7 @@ RN, RN_2D = HOPPER.fprop
 SR, SR_H, RN_H = HOPPER.dgrad.a, *HOPPER.wgrad
 E4M3, E5M2 = Cast("fp8_e4m3"), Cast("fp8_e5m2")
 BLOCKS, BLOCKS_2D = Cast("fp8_e4m3_block"), Cast("fp8_e4m3_block", square=True)
+EDEN = Cast(rounding="eden", hadamard=32, scale_rule="fp8_exact")
 NEAREST = Recipe("nearest", (RN, RN_2D), (RN, RN_2D), (RN_H, RN_H))
 
 
@@ -125,7 +126,8 @@ def test_codes_and_scales_are_equal_across_backends(monkeypatch, device, kernels
         skip_unless_it_runs(pytest.importorskip("hf_nvfp4.ops.cast").cast_kernel, device)
     monkeypatch.setattr(bf16, "KERNEL_DEVICES", {device.type} if kernels else set())
     x = torch.randn(rows, columns, device=device).bfloat16()
-    for row, col in [(RN, RN_H), (SR, SR_H), (None, RN_2D)] + [(RN_2D, None)] * (rows % 16 == 0):
+    pairs = [(RN, RN_H), (SR, SR_H), (None, RN_2D), (SR, EDEN), (EDEN, SR_H), (EDEN, EDEN)]
+    for row, col in pairs + [(RN_2D, None)] * (rows % 16 == 0):
         found = {}
         for backend in (reference, bf16, fp4, fp8):
             torch.manual_seed(7)
@@ -139,6 +141,8 @@ def test_codes_and_scales_are_equal_across_backends(monkeypatch, device, kernels
             assert packed.tensor_scale.equal(expected.tensor_scale)
             for backend in (bf16, fp8):
                 assert found[backend][side].dequantize(torch.float32).equal(expected.dequantize(torch.float32))
+            unpacked = bf16._unpacked(found[bf16][side])
+            assert unpacked.dequantize(torch.float32).equal(expected.dequantize(torch.float32))
 
 
 def test_what_is_kept_is_half_of_bf16_and_rebuilt_from_its_tensors():
@@ -284,6 +288,16 @@ def test_non_finite_gradients_come_through(hopper):
         dy[3, 5] = value
         _, dx, dw, _ = run(layer, torch.randn(32, 64), dy)
         assert not dx.isfinite().all() and not dw.isfinite().all()
+
+
+def test_both_gradient_gemms_of_ms_eden_run_on_fp8(hopper):
+    eden = dataclasses.replace(EDEN, hadamard=16)
+    recipe = Recipe("eden", (RN, RN_2D), (eden, eden), (eden, eden))
+    x, dy = torch.randn(33, 144), torch.randn(33, 272)
+    ours, theirs = layers(recipe, "fp8", (144, 272))
+    for got, expected in zip(run(ours, x, dy), run(theirs, x, dy), strict=True):
+        assert close(got, expected)
+    assert len(hopper) == 3
 
 
 def test_a_tiny_llama_trains(hopper, build, llama_config):

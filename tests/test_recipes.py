@@ -1,6 +1,7 @@
 """Formats and recipes are data that checks itself."""
 
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -40,7 +41,7 @@ def test_recipes_survive_json(name):
     ("arguments", "message"),
     [
         ({"format": "nvfp5"}, "known: nvfp4.*Did you mean 'nvfp4'"),
-        ({"rounding": "up"}, "known: nearest, stochastic"),
+        ({"rounding": "up"}, "known: nearest, stochastic, eden"),
         ({"outer": "column"}, "known: tensor, row, bound"),
         ({"outer": "bound"}, "for casts with a Hadamard transform"),
         ({"hadamard": 12}, "power of two"),
@@ -52,6 +53,13 @@ def test_recipes_survive_json(name):
         ({"scale_rule": "ceil"}, "'nvfp4' has no scale rule 'ceil', only amax, 4over6, .*for mxfp4, mxfp8"),
         ({"format": "mxfp4", "scale_rule": "best"}, "only amax, ceil; 'best' is for nvfp4"),
         ({"scale_rule": "4over6", "rounding": "stochastic"}, "biases stochastic rounding"),
+        ({"scale_rule": "best", "rounding": "eden"}, "biases MS-EDEN. Use rounding='nearest'"),
+        ({"format": "mxfp4", "rounding": "eden"}, "'mxfp4' has none such. It is for nvfp4"),
+        ({"format": "bf16", "rounding": "eden"}, "'bf16' has none such"),
+        ({"square": True, "rounding": "eden"}, "square blocks can't be rotated"),
+        ({"headroom": 1.0625, "rounding": "eden"}, "Use headroom=1.0"),
+        ({"signs": "new", "hadamard": 16}, "unknown choice of signs 'new'; known: fixed, random"),
+        ({"signs": "random"}, "those of a Hadamard transform; give its size"),
         ({"format": "mxfp4", "outer": "row"}, "no FP32 scale above its blocks"),
         ({"format": "mxfp4", "outer": "bound", "hadamard": 16}, "no FP32 scale above its blocks"),
     ],
@@ -69,9 +77,13 @@ def test_a_cast_says_what_it_is():
     recipe = Recipe("mine", (Cast(scale_rule="best"), Cast("mxfp8")), (mxfp4, mxfp4), (Cast("mxfp4"), Cast("mxfp4")))
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert recipe.token_multiple == 32 and recipe.per_token().dgrad == recipe.dgrad
+    eden = Cast(rounding="eden", hadamard=128, signs="random")
+    assert str(eden) == "nvfp4 1×16 RHT-128 redrawn MS-EDEN"
+    recipe = Recipe("eden", (Cast(), Cast()), (eden, eden), (eden, eden))
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe and recipe.token_multiple == 128
     values = RECIPES["nvfp4"].to_dict()
-    for gemm in RECIPES["nvfp4"].gemms:  # a config.json from before there were scale rules
-        values[gemm] = [{k: v for k, v in cast.items() if k != "scale_rule"} for cast in values[gemm]]
+    for gemm in RECIPES["nvfp4"].gemms:  # a config.json from before there were scale rules and signs
+        values[gemm] = [{k: v for k, v in cast.items() if k not in ("scale_rule", "signs")} for cast in values[gemm]]
     assert Recipe.from_dict(values) == RECIPES["nvfp4"]
 
 
@@ -86,6 +98,8 @@ def test_a_recipe_checks_itself():
     plain, rotated = Cast(), Cast(hadamard=16)
     with pytest.raises(ValueError, match="wgrad rotates its operands by Hadamard 16 and 0"):
         Recipe("half", (plain, plain), (plain, plain), (rotated, plain))
+    with pytest.raises(ValueError, match="dgrad rotates its operands with random and fixed signs"):
+        Recipe("apart", (plain, plain), (Cast(hadamard=16, signs="random"), rotated), (plain, plain))
     for bad in (True, -1, 1.0, "2"):
         with pytest.raises(ValueError, match="keep_bf16_last"):
             Recipe("bad", HIGH_PRECISION, HIGH_PRECISION, HIGH_PRECISION, keep_bf16_last=bad)
@@ -125,3 +139,16 @@ def test_every_recipe_is_found_by_its_key(monkeypatch):
     pickled, copied = pickle.dumps(recipes[0]), copy.deepcopy(recipes[1])
     monkeypatch.delitem(BY_KEY, recipes[0].key)  # as in another process
     assert pickle.loads(pickled) == recipes[0] == BY_KEY[recipes[0].key] and BY_KEY[copied.key] == copied
+
+
+def test_per_token_recipes_do_not_redraw_signs():
+    for name in ("nvfp4", "mxfp4"):
+        redrawn, fixed = (Cast(name, hadamard=32, signs=signs) for signs in ("random", "fixed"))
+        recipe = Recipe("redrawn", (redrawn, redrawn), (redrawn, redrawn), (redrawn, redrawn)).per_token()
+        assert recipe.fprop == (dataclasses.replace(fixed, outer="row" if name == "nvfp4" else "tensor"), fixed)
+        assert recipe.dgrad == (redrawn, redrawn)
+
+
+def test_a_cast_knows_whether_it_draws():
+    assert not Cast(hadamard=16).draws
+    assert Cast(rounding="stochastic").draws and Cast(rounding="eden").draws and Cast(hadamard=16, signs="random").draws

@@ -12,6 +12,7 @@ from hf_nvfp4.rounding import (
     decode,
     draw_seed,
     encode,
+    flip,
     pack_nibbles,
     random_bytes,
     rotate,
@@ -166,6 +167,34 @@ def test_ranks_seeded_alike_draw_different_numbers(monkeypatch):
     assert abs(torch.corrcoef(torch.stack([a, b]).float())[0, 1]) < 5 / 512
 
 
+def test_ranks_seeded_alike_rotate_with_the_same_signs(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    seeds = []
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        seeds.append(draw_seed(torch.device("cpu"), torch.Generator().manual_seed(3), by_rank=False))
+    assert torch.equal(*seeds)
+
+
+def test_redrawn_signs_are_even_and_independent():
+    """Over 4,096 draws: each of 128 positions, and each pair of them."""
+    cpu = torch.device("cpu")
+    signs = torch.cat([flip(torch.ones(1, 128), draw_seed(cpu), 128, 1) for _ in range(4096)])
+    assert set(signs.unique().tolist()) == {-1, 1}
+    correlation = signs.T @ signs / 4096
+    pairs = correlation.triu(1)[torch.ones(128, 128).triu(1) > 0]
+    assert signs.mean(0).abs().max() < 5 / 64 and pairs.abs().max() < 5.5 / 64
+    assert pairs.square().mean() * 4096 == pytest.approx(1, abs=0.08)  # 8,128 pairs, each 1 ± 1.4
+
+
+def test_flipped_along_either_dimension_the_signs_begin_again_after_each_block(device):
+    seed, x = draw_seed(device), torch.randn(40, 48, device=device).bfloat16()
+    signs = flip(torch.ones(1, 16, device=device), seed, 16, 1)[0]
+    assert signs.min() == -1 and signs.max() == 1
+    assert torch.equal(flip(x, seed, 16, 1), x * signs.repeat(3).bfloat16())
+    assert torch.equal(flip(x, seed, 16, 0), x * signs.repeat(3)[:40, None].bfloat16())
+
+
 # ---------------------------------------------------------------------------- rotations
 
 
@@ -207,5 +236,8 @@ def test_a_rotation_is_orthogonal_and_cancels_in_the_product():
         assert ra.dtype == torch.bfloat16
         assert torch.allclose(ra.float() @ rb.float().T, a @ b.T, atol=0.3)
         assert not torch.allclose(ra.float(), a, atol=1.0)
+        seed = draw_seed(torch.device("cpu"))
+        ra, rb = (rotate(flip(t, seed, size, 1), size) for t in (a, b))
+        assert torch.allclose(ra.float() @ rb.float().T, a @ b.T, atol=0.3)
     with pytest.raises(ValueError, match="size 32 does not divide"):
         rotate(torch.ones(2, 48), 32)

@@ -7,7 +7,19 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from sharing_cases import DRAWS_W, FORWARD_IN_BF16, RN_2D, K, make_triple, new_input, record, run, same, selective
+from sharing_cases import (
+    DRAWS_W,
+    FORWARD_IN_BF16,
+    REDRAWS_W,
+    RN_2D,
+    K,
+    make_triple,
+    new_input,
+    record,
+    run,
+    same,
+    selective,
+)
 from test_schedule import Tokens, equal, weights
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -39,14 +51,14 @@ def accumulate(model, x, window=contextlib.nullcontext, autocast=None):
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recipe", [*RECIPES.values(), FORWARD_IN_BF16, DRAWS_W], ids=lambda r: r.name)
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), FORWARD_IN_BF16, DRAWS_W, REDRAWS_W], ids=lambda r: r.name)
 def test_weights_are_cast_once_and_no_bit_changes(device, triple, casts, recipe, autocast):
     model, x = triple(recipe), new_input(device).requires_grad_()
     expected = accumulate(model, x, autocast=autocast)
     assert casts.of(96, K) == 6
     casts.clear()
     assert same(accumulate(model, x, cast_weights_once, autocast), expected)
-    assert casts.of(96, K) == (6 if recipe is DRAWS_W else 2)
+    assert casts.of(96, K) == (6 if recipe in (DRAWS_W, REDRAWS_W) else 2)
     assert all(layer.weight_casts is None for layer in model.children())
 
 

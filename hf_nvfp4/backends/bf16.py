@@ -4,17 +4,19 @@ An E2M1 element times its E4M3 block scale has at most 6 significant bits and BF
 are exact and every product is the one that FP4 tensor cores compute; only the order of summation differs.
 The tensor scales multiply the FP32 result. Formats with FP32 block scales are rounded to BF16, and say so.
 
-On a GPU the casts are Triton kernels (hf_nvfp4.ops), bit for bit the same as the plain PyTorch of the CPU.
+On a GPU the casts that the Triton kernels know (hf_nvfp4.ops) are theirs, bit for bit the same as the plain PyTorch of
+the CPU and of all other casts.
 """
 
 import importlib.util
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from hf_nvfp4.backends.operand import Operand, finished, is_plain, plain, transposed
+from hf_nvfp4.backends.operand import Operand, cast_where, finished, is_plain, plain, transposed
 from hf_nvfp4.formats import BlockFormat, Element
 from hf_nvfp4.recipes import Cast, Recipe
 from hf_nvfp4.reference import QuantizedTensor, pack, prepare, quantize_rows
@@ -57,8 +59,24 @@ def _use_kernels(x: Tensor) -> bool:
 
 def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False):
     """x [M, K] and xᵀ as BF16 values and a scale above them; xᵀ as packed codes and scales if it is to be kept."""
-    if _use_kernels(x):
+
+    def by_kernels(x: Tensor, row: Cast | None, col: Cast | None) -> tuple:
         return kernels.cast(x, row, col, keep_col)
+
+    return by_kernels_or_torch(by_kernels, _by_torch, x, (row, col), keep_col)
+
+
+def by_kernels_or_torch(
+    by_kernels: Callable, by_torch: Callable, x: Tensor, casts: tuple[Cast | None, Cast | None], keep_col: bool
+) -> tuple:
+    """Both orientations: by_kernels(x, row, col) of what the kernels know, where they run; by_torch of the rest."""
+    if _use_kernels(x):
+        return cast_where(kernels.knows, by_kernels, by_torch, x, casts, keep_col)
+    return by_torch(x, *casts, keep_col)
+
+
+def _by_torch(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool) -> tuple:
+    """The same in plain PyTorch."""
     return (
         None if row is None else _cast(x, row, keep=False),
         None if col is None else _cast(transposed(x, col), col, keep_col),
@@ -66,7 +84,7 @@ def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False):
 
 
 def _cast(x: Tensor, cast: Cast, keep: bool) -> Operand | QuantizedTensor:
-    """The same in plain PyTorch, one orientation."""
+    """One orientation."""
     if is_plain(cast):
         return plain(x, cast)
     x, amax, seed = prepare(x.contiguous(), cast)

@@ -87,24 +87,29 @@ def swizzle(scales: Tensor) -> Tensor:
     return tiles.reshape(rows, columns).view(scales.dtype)
 
 
-def _quantize(x: Tensor, cast: Cast) -> list[Tensor]:
-    """Codes, swizzled scales and tensor scale of x [M, K] quantized along K, in plain PyTorch."""
+def _quantize(x: Tensor, cast: Cast) -> Operand:
+    """x [M, K] quantized along K, in plain PyTorch."""
     packed = pack(quantize_blocks(x.contiguous(), cast), cast)
-    return [packed.codes, swizzle(packed.scales), packed.tensor_scale]
+    return _operand([packed.codes, swizzle(packed.scales), packed.tensor_scale], cast)
 
 
 def _cast_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Operand | None, Operand | None]:
-    """x along K and xᵀ along M, by the Triton kernels where they run."""
+    """x along K and xᵀ along M, by the Triton kernels where they run and know the cast."""
     if row is None and col is None:
         return None, None
     if x.shape[1] % 16:
         raise ValueError(f"FP4 operands are made of [M, K] with K a multiple of 16, not {tuple(x.shape)}; pad it")
-    kernels = bf16.kernels if x.device.type in bf16.KERNEL_DEVICES else None
-    if kernels is None:
-        rows, columns = row and _quantize(x, row), col and _quantize(transposed(x, col), col)
-    else:
-        outs = [kernels.ops.CODES_SWIZZLED if c else kernels.ops.NOTHING for c in (row, col)]
-        rows, columns = kernels.quantize_both(x, row, outs[0], col, outs[1])
+    return bf16.by_kernels_or_torch(_by_kernels, _by_torch, x, (row, col), False)
+
+
+def _by_torch(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool) -> tuple:
+    return row and _quantize(x, row), col and _quantize(transposed(x, col), col)
+
+
+def _by_kernels(x: Tensor, row: Cast | None, col: Cast | None) -> tuple:
+    ops = bf16.kernels.ops
+    outs = [ops.CODES_SWIZZLED if c else ops.NOTHING for c in (row, col)]
+    rows, columns = bf16.kernels.quantize_both(x, row, outs[0], col, outs[1])
     return row and _operand(rows, row), col and _operand(columns, col)
 
 

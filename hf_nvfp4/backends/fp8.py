@@ -154,23 +154,28 @@ def _dtype(cast: Cast) -> torch.dtype:
 
 
 def cast_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Operand | None, Operand | None]:
-    """x along K and xᵀ along M, by the Triton kernels where they run."""
+    """x along K and xᵀ along M, by the Triton kernels where they run and know the cast."""
     if row is None and col is None:
         return None, None
     if x.shape[1] % MULTIPLE:
         raise ValueError(f"FP8 operands are made of [M, K] with K a multiple of 16, not {tuple(x.shape)}; pad it")
-    kernels = bf16.kernels if x.device.type in bf16.KERNEL_DEVICES else None
-    if kernels is None:
-        return row and _quantize(x, row), col and _quantize(transposed(x, col), col)
-    rows, columns = kernels.quantize_both(x, row, _written(kernels, row), col, _written(kernels, col))
+    return bf16.by_kernels_or_torch(_by_kernels, _by_torch, x, (row, col), False)
+
+
+def _by_torch(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool) -> tuple:
+    return row and _quantize(x, row), col and _quantize(transposed(x, col), col)
+
+
+def _by_kernels(x: Tensor, row: Cast | None, col: Cast | None) -> tuple:
+    rows, columns = bf16.kernels.quantize_both(x, row, _written(row), col, _written(col))
     return row and _operand(rows, row), col and _operand(columns, col)
 
 
-def _written(kernels, cast: Cast | None) -> int:
+def _written(cast: Cast | None) -> int:
     """What the kernels write for a cast."""
     if cast is None:
-        return kernels.ops.NOTHING
-    return kernels.ops.FP8 if is_nvfp4(cast) else kernels.ops.CODES
+        return bf16.kernels.ops.NOTHING
+    return bf16.kernels.ops.FP8 if is_nvfp4(cast) else bf16.kernels.ops.CODES
 
 
 def _operand(written: list[Tensor | None], cast: Cast) -> Operand:

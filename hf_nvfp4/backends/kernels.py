@@ -19,6 +19,11 @@ from hf_nvfp4.recipes import Cast
 from hf_nvfp4.reference import Packed, QuantizedTensor, draw_seed, quantize_blocks, rotate
 
 
+def knows(cast: Cast) -> bool:
+    """Whether a cast is for this file; "eden" is plain PyTorch's, on a GPU too."""
+    return cast.rounding != "eden"
+
+
 def spec(cast: Cast) -> str:
     """A cast as text that the kernels read."""
     # Dynamo warns of caches that it looks through.
@@ -95,7 +100,7 @@ def quantize_rows(x: Tensor, cast: Cast, how: int) -> list[Tensor | None]:
         largest = x.abs().amax().float().reshape(1) * cast.hadamard**0.5
         cast = dataclasses.replace(cast, outer="tensor")
     if cast.hadamard:
-        x, cast = rotate(x, cast.hadamard), dataclasses.replace(cast, hadamard=0)
+        x, cast = rotate(x, cast.hadamard), dataclasses.replace(cast, hadamard=0, signs="fixed")
     return quantize(x.contiguous(), cast, how, None, NOTHING, largest)[:3]
 
 
@@ -184,7 +189,7 @@ def packed(codes: Tensor, scales: Tensor, tensor_scale: Tensor, cast: Cast) -> Q
 
 def values(q: QuantizedTensor | Kept) -> Tensor:
     """code × block scale in BF16 [M, K], still rotated if the cast rotates."""
-    stored = spec(dataclasses.replace(q.cast, hadamard=0, outer="tensor"))
+    stored = spec(dataclasses.replace(q.cast, rounding="nearest", hadamard=0, signs="fixed", outer="tensor"))
     if isinstance(q, Kept):
         return ops.dequantize(q.codes, q.scales, stored, True).T
     scales = q.scales
