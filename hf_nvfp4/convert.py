@@ -77,11 +77,11 @@ def decide(model: nn.Module, choice: Choice) -> list[Decision]:
     for name, module in candidates.items():
         reason = (
             ("output head" if module in heads else None)
-            or _unconvertible(name, module, choice.recipe)
+            or _unconvertible(name, module)
             or _kept_by_user(name, choice)
             or _kept_block(blocks.get(name), choice)
         )
-        decisions.append(Decision(name, reason is None, reason or f"recipe {choice.recipe.name}"))
+        decisions.append(Decision(name, reason is None, reason or _recipe_of(module, choice.recipe)))
     if not any(d.converted for d in decisions):
         raise ValueError(f"nothing to convert: {summary(decisions)}")
     return decisions
@@ -103,7 +103,7 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
     return heads | tied | named
 
 
-def _unconvertible(name: str, module: nn.Module, recipe: Recipe) -> str | None:
+def _unconvertible(name: str, module: nn.Module) -> str | None:
     kind = type(module)
     if any(part.startswith("lora_") for part in name.split(".")):
         return "LoRA adapter"
@@ -113,7 +113,17 @@ def _unconvertible(name: str, module: nn.Module, recipe: Recipe) -> str | None:
         return f"{kind.__name__} is a subclass of nn.Linear that may compute something else"
     if "forward" in vars(module):
         return "its forward is replaced on the instance (a hook of Accelerate's?); convert before dispatching"
-    return unsuitable(module, recipe)
+    return unsuitable(module)
+
+
+def _recipe_of(linear: nn.Linear, recipe: Recipe) -> str:
+    """What a converted layer computes with, and what its shape changed."""
+    fitted, changes = recipe.fitted(linear.in_features, linear.out_features), []
+    for name, features in (("fprop", linear.in_features), ("dgrad", linear.out_features)):
+        before, after = (getattr(r, name).a.hadamard for r in (recipe, fitted))
+        if before != after:
+            changes.append(f", {name} rotated by {after}, not {before}, which does not divide {features}")
+    return f"recipe {recipe.name}{''.join(changes)}"
 
 
 def _kept_by_user(name: str, choice: Choice) -> str | None:

@@ -41,8 +41,14 @@ class Plan(NamedTuple):
 
     @property
     def keeps_x(self) -> bool:
-        """Whether x is kept for wgrad as it is: its cast there needs signs that are drawn in backward."""
-        return self.wgrad and self.recipe.wgrad.b.signs == "random"
+        """Whether x is kept for wgrad as it is: its cast there needs signs that are drawn in backward, or x's cast."""
+        return self.wgrad and (self.recipe.wgrad.b.signs == "random" or self.recipe.from_forward)
+
+    def for_backward(self, x: Tensor, how: Cast) -> Tensor:
+        """What backward casts of an operand that the forward cast as `how` says: x, or what that multiplied."""
+        if not self.recipe.from_forward:
+            return x
+        return cast(x.to(self.dtype), self.backend, row=how)[0].dequantize(self.dtype)
 
     def draw_signs(self, gemm: Gemm, dy: Tensor) -> Tensor | None:
         """`gemm.draw_signs`, once in a compiled graph too."""
@@ -65,8 +71,9 @@ class LinearFunction(torch.autograd.Function):
     """y = Q(x) Q(w)ᵀ + bias, dx = Q(dy) Q(w), dw = Q(dyᵀ) Q(xᵀ)ᵀ.
 
     Keeps for backward x cast for wgrad and packed, and the weight itself: it is cast again for dgrad, so
-    that nothing derived from it outlives the forward (FSDP frees it). Where wgrad's operands are rotated with signs of
-    their own each time, these are drawn in backward, and x itself is kept.
+    that nothing derived from it outlives the forward (FSDP frees it). x itself is kept where wgrad's operands are
+    rotated with signs of their own each time, which are drawn in backward, and where x̂, what the forward multiplied, is
+    cast for wgrad.
     """
 
     @staticmethod
@@ -109,14 +116,15 @@ class LinearFunction(torch.autograd.Function):
                 col_signs=wgrad_signs,
             )
             if needs_dgrad:
-                w = not_before(dy, weight)
+                w = plan.for_backward(not_before(dy, weight), recipe.fprop.b)
                 _, w_col = plan.cast(plan.weight_casts, w, None, recipe.dgrad.b, col_signs=signs)
                 dx = multiply(dy_row, w_col, backend, plan.dtype)  # [T, N] @ [N, K]
                 # Not `dx.to(dtype)` where it has that dtype: see backends.operand.rounded.
                 dx = dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype)
             if needs_wgrad:
                 if plan.keeps_x:
-                    _, x_col = plan.cast(None, *x_col, None, recipe.wgrad.b, col_signs=wgrad_signs)
+                    x = plan.for_backward(*x_col, recipe.fprop.a)
+                    _, x_col = plan.cast(None, x, None, recipe.wgrad.b, col_signs=wgrad_signs)
                 else:
                     x_col = ctx.operand(*x_col, recipe.wgrad.b)
                 dw = multiply(dy_col, x_col, backend, weight.dtype)  # [N, T] @ [T, K]
@@ -155,14 +163,14 @@ class NVFP4Linear(nn.Linear):
         high_precision: the GEMMs that run in BF16 all the same: "all", "forward", or None.
         """
         recipe = get_recipe(recipe)
-        if reason := unsuitable(self, recipe):
+        if reason := unsuitable(self):
             raise ValueError(f"{self.in_features}→{self.out_features}: {reason}; use nn.Linear for this layer")
         if backend is not None:
             check_backend(backend)
             self.backend = backend
         self.recipe = recipe
         self.high_precision = high_precision
-        self.train_recipe = recipe.active(high_precision)
+        self.train_recipe = recipe.fitted(self.in_features, self.out_features).active(high_precision)
         self.eval_recipe = self.train_recipe.per_token()
         self.train_key, self.eval_key = self.train_recipe.key, self.eval_recipe.key
 
@@ -200,14 +208,12 @@ class NVFP4Linear(nn.Linear):
         return f"{super().extra_repr()}, recipe={self.train_recipe.name!r}, backend={backend!r}"
 
 
-def unsuitable(linear: nn.Linear, recipe: Recipe) -> str | None:
-    """Why a linear layer's shape keeps it in high precision under a recipe, or None."""
-    sizes = {"in_features": (linear.in_features, recipe.fprop), "out_features": (linear.out_features, recipe.dgrad)}
-    for name, (size, gemm) in sizes.items():
+def unsuitable(linear: nn.Linear) -> str | None:
+    """Why a linear layer's shape keeps it in high precision, or None."""
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
+    for name, size in sizes.items():
         if size % 16 or size == 0:
             return f"{name}={size} is not a multiple of 16"
-        if gemm.a.hadamard and size % gemm.a.hadamard:
-            return f"{name}={size} is not a multiple of the recipe's Hadamard size {gemm.a.hadamard}"
     return None
 
 

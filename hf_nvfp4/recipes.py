@@ -10,6 +10,7 @@ Pure data. To add a recipe, add one value to the list at the end of this file, o
 import dataclasses
 import difflib
 import hashlib
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -190,6 +191,8 @@ BY_KEY: dict[str, "Recipe"] = {}
 class Recipe:
     """Three GEMMs, and the transformer blocks that stay in BF16 unless the user says otherwise.
 
+    from_forward: whether backward's x and w are made of what the forward multiplied, dequantized and rounded to the
+        compute dtype, not of the tensors themselves.
     keep_bf16_first, keep_bf16_last: blocks at either end; an int counts them, a float is a fraction of
         all of them, rounded to the nearest count.
     source: where the recipe was published.
@@ -203,6 +206,7 @@ class Recipe:
     keep_bf16_first: int | float = 0
     keep_bf16_last: int | float = 0
     source: str = field(default="", compare=False)
+    from_forward: bool = False
 
     def __post_init__(self):
         for gemm in ("fprop", "dgrad", "wgrad"):
@@ -218,6 +222,11 @@ class Recipe:
                     f"recipe {self.name!r}: {gemm} rotates its operands with {pair.a.signs} and {pair.b.signs} signs; "
                     "a rotation cancels in the product only if both have the same"
                 )
+        if self.from_forward and any(cast.hadamard or cast.draws for cast in self.fprop):
+            raise ValueError(
+                f"recipe {self.name!r}: from_forward casts x and w again in backward as the forward did, which "
+                "rotations and random numbers don't allow; keep them out of fprop"
+            )
         check_block_count("keep_bf16_first", self.keep_bf16_first)
         check_block_count("keep_bf16_last", self.keep_bf16_last)
         key = f"{self.name} {hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"
@@ -253,6 +262,20 @@ class Recipe:
         if x.block_format.tensor_scale:
             x = dataclasses.replace(x, outer="row")
         return dataclasses.replace(self, fprop=(x, w))
+
+    def fitted(self, in_features: int, out_features: int) -> "Recipe":
+        """This recipe for a layer of this shape: Hadamard transforms of the largest size that divides its features.
+
+        Those of wgrad are along the tokens, which are padded.
+        """
+        fitted = self
+        for name, features in (("fprop", in_features), ("dgrad", out_features)):
+            gemm = getattr(self, name)
+            size = math.gcd(gemm.a.hadamard, features)  # a power of two; of 0, the features
+            if gemm.a.hadamard > size:
+                pair = (dataclasses.replace(cast, hadamard=size) for cast in gemm)
+                fitted = dataclasses.replace(fitted, **{name: tuple(pair)})
+        return fitted
 
     def in_bf16(self, gemms: str) -> "Recipe":
         """This recipe with "all" GEMMs, or the "forward" one only, in BF16 (the late switch of 2509.25149)."""
@@ -328,6 +351,11 @@ RN_FP8_H = Cast(hadamard=16, outer="bound", scale_rule="fp8_exact")
 SR_FP8_H = Cast(rounding="stochastic", hadamard=16, outer="bound", scale_rule="fp8_exact")
 FP8, FP8_2D = Cast("fp8_e4m3_block"), Cast("fp8_e4m3_block", square=True)
 E4M3_T, E5M2_T = Cast("fp8_e4m3"), Cast("fp8_e5m2")
+RN_46, RN_46_2D = Cast(scale_rule="4over6_mse"), Cast(square=True, scale_rule="4over6_mse")
+EDEN = Cast(rounding="eden", hadamard=128, signs="random")
+EDEN_FP8 = Cast(rounding="eden", hadamard=128, signs="random", scale_rule="fp8_exact")
+MXFP8 = Cast("mxfp8")
+MXFP4_SR_H = Cast("mxfp4", rounding="stochastic", hadamard=64, headroom=MX_SR_HEADROOM, signs="random")
 
 _PAPER = "Pretraining LLMs with NVFP4, arXiv 2509.25149"
 
@@ -360,6 +388,49 @@ for _recipe in (
         source="this project's own: recipe nvfp4 with its block scales restricted to {1, 1.25, 1.5}·2^e, so that FP8 "
         "tensor cores compute NVFP4 exactly; gradients' scales are rounded up, which makes them unbiased",
     ),
+    Recipe(
+        "nvfp4_hopper_eden",
+        fprop=(RN_FP8, RN_FP8_2D),
+        dgrad=(EDEN_FP8, EDEN_FP8),
+        wgrad=(EDEN_FP8, EDEN_FP8),
+        keep_bf16_last=0.154,
+        source="nvfp4_hopper with quartet2's quantizer in backward; dy's and w's casts are plain PyTorch, slow",
+    ),
+    Recipe(
+        "nvfp4_4over6",
+        fprop=(RN_46, RN_46_2D),
+        dgrad=(SR, RN_46_2D),
+        wgrad=(SR_H, RN_H),
+        keep_bf16_last=0.154,
+        source="Four Over Six, arXiv 2512.02010: recipe nvfp4, each block of x and w in fprop scaled to 6 or to 4, "
+        "whichever has the smaller squared error; gradients as in nvfp4, since a choice by error biases them",
+    ),
+    Recipe(
+        "quartet2",
+        fprop=(RN_46, RN_46),
+        dgrad=(EDEN, EDEN),
+        wgrad=(EDEN, EDEN),
+        from_forward=True,
+        source="Quartet II, arXiv 2601.22813: 4/6 forward; backward from what the forward multiplied, all four "
+        "operands rotated by 128 with new signs and rounded by MS-EDEN",
+    ),
+    Recipe(
+        "fp4_all_the_way",
+        fprop=(RN, RN),
+        dgrad=(SR, RN),
+        wgrad=(SR, SR),
+        source="FP4 All the Way, arXiv 2505.19115: stochastic rounding of gradients, and of x in wgrad; without the "
+        "paper's last stage, a high-precision backward",
+    ),
+    Recipe(
+        "mxfp4",
+        fprop=HIGH_PRECISION,
+        dgrad=(MXFP4_SR_H, MXFP4_SR_H),
+        wgrad=(MXFP4_SR_H, MXFP4_SR_H),
+        source="Training LLMs with MXFP4, arXiv 2502.20586: forward in BF16, backward in MXFP4, operands rotated by 64 "
+        "with random signs, times 3/4, rounded stochastically",
+    ),
+    Recipe("mxfp8", (MXFP8, MXFP8), (MXFP8, MXFP8), (MXFP8, MXFP8), source="OCP Microscaling: E4M3, 1×32, E8M0 scales"),
     # The first block and the last two of the paper's 52 stay in BF16: none in a model of fewer than 14 blocks.
     Recipe(
         "fp8",

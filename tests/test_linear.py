@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hf_nvfp4 import RECIPES, Cast, NVFP4Linear, Recipe, quantize, use_recipe
@@ -69,6 +68,22 @@ def test_gradients_equal_float64_from_the_dequantized_operands(device, backend):
     assert torch.allclose(db, dy.sum(0), atol=1e-5)
     # And dw is a gradient: close to the unquantized one, as far apart as 4 bits put it.
     assert 0.02 < relative(dw, dy.double().T @ x.double()) < 0.25
+
+
+@pytest.mark.parametrize("backend", ["bf16", "reference"])
+def test_backward_can_use_what_the_forward_multiplied(device, backend):
+    """x̂ and ŵ, here in BF16 GEMMs; and others of the layer's own recipe, cast once more."""
+    plain, coarse = Cast("bf16"), Cast("mxfp4")
+    for how in (plain, coarse):
+        recipe = Recipe("again", (Cast(), Cast()), (plain, how), (plain, how), from_forward=True)
+        layer = NVFP4Linear(64, 96, recipe=recipe, backend=backend, device=device)
+        x, dy = torch.randn(64, 64, device=device), torch.randn(64, 96, device=device)
+        x_hat, w_hat = (quantize(t, Cast()).dequantize() for t in (x, layer.weight.detach()))
+        if how is coarse:
+            x_hat, w_hat = (quantize(t.T.contiguous(), how).dequantize().T for t in (x_hat, w_hat))
+        _, dx, dw, _ = run(layer, x, dy)
+        assert relative(dx, dy.bfloat16().double() @ w_hat.bfloat16().double()) < 3e-7
+        assert relative(dw, dy.bfloat16().double().T @ x_hat.bfloat16().double()) < 3e-7
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))

@@ -152,3 +152,18 @@ def test_per_token_recipes_do_not_redraw_signs():
 def test_a_cast_knows_whether_it_draws():
     assert not Cast(hadamard=16).draws
     assert Cast(rounding="stochastic").draws and Cast(rounding="eden").draws and Cast(hadamard=16, signs="random").draws
+
+
+def test_a_recipe_is_fitted_to_a_layer():
+    recipe = RECIPES["quartet2"]
+    assert recipe.fitted(256, 1024) is recipe and RECIPES["nvfp4"].fitted(48, 80) is RECIPES["nvfp4"]
+    fitted = recipe.fitted(192, 80)
+    assert {cast.hadamard for cast in fitted.dgrad} == {16} and fitted.wgrad == recipe.wgrad
+    rotated = dataclasses.replace(recipe, from_forward=False, fprop=(Cast(hadamard=64), Cast(hadamard=64)))
+    assert {cast.hadamard for cast in rotated.fitted(96, 128).fprop} == {32}
+
+
+@pytest.mark.parametrize("x", [Cast(hadamard=16), Cast(rounding="stochastic")])
+def test_backward_can_use_the_forwards_operands_only_if_it_can_make_them_again(x):
+    with pytest.raises(ValueError, match="keep them out of fprop"):
+        Recipe("again", (x, x), (Cast(), Cast()), (Cast(), Cast()), from_forward=True)
