@@ -44,11 +44,9 @@ class Plan(NamedTuple):
         """Whether x is kept for wgrad as it is: its cast there needs signs that are drawn in backward, or x's cast."""
         return self.wgrad and (self.recipe.wgrad.b.signs == "random" or self.recipe.from_forward)
 
-    def for_backward(self, x: Tensor, how: Cast) -> Tensor:
+    def for_backward(self, casts: Casts | None, x: Tensor, how: Cast) -> Tensor:
         """What backward casts of an operand that the forward cast as `how` says: x, or what that multiplied."""
-        if not self.recipe.from_forward:
-            return x
-        return cast(x.to(self.dtype), self.backend, row=how)[0].dequantize(self.dtype)
+        return self.cast(casts, x, how, None)[0].dequantize(self.dtype) if self.recipe.from_forward else x
 
     def draw_signs(self, gemm: Gemm, dy: Tensor) -> Tensor | None:
         """`gemm.draw_signs`, once in a compiled graph too."""
@@ -116,14 +114,14 @@ class LinearFunction(torch.autograd.Function):
                 col_signs=wgrad_signs,
             )
             if needs_dgrad:
-                w = plan.for_backward(not_before(dy, weight), recipe.fprop.b)
+                w = plan.for_backward(plan.weight_casts, not_before(dy, weight), recipe.fprop.b)
                 _, w_col = plan.cast(plan.weight_casts, w, None, recipe.dgrad.b, col_signs=signs)
                 dx = multiply(dy_row, w_col, backend, plan.dtype)  # [T, N] @ [N, K]
                 # Not `dx.to(dtype)` where it has that dtype: see backends.operand.rounded.
                 dx = dx if dx.dtype == ctx.x_dtype else dx.to(ctx.x_dtype)
             if needs_wgrad:
                 if plan.keeps_x:
-                    x = plan.for_backward(*x_col, recipe.fprop.a)
+                    x = plan.for_backward(None, *x_col, recipe.fprop.a)
                     _, x_col = plan.cast(None, x, None, recipe.wgrad.b, col_signs=wgrad_signs)
                 else:
                     x_col = ctx.operand(*x_col, recipe.wgrad.b)

@@ -127,7 +127,9 @@ def test_a_layer_compiles_into_one_graph(device, on_kernels, launches, recipe):
     # In a graph plain operations find the amax of what is not rotated.
     found, wanted = Counter(launches), Counter(eager)
     assert found.pop("amax_kernel", 0) <= wanted.pop("amax_kernel", 0)
-    assert found == wanted and (recipe == "bf16") == ("cast_kernel" not in eager)
+    # x is cast as in the forward once more where backward is made of that: in a graph that is one operator.
+    assert wanted - found == Counter({"cast_kernel": layer.recipe.from_forward}) and not found - wanted
+    assert (recipe == "bf16") == ("cast_kernel" not in eager)
 
 
 def test_layers_of_many_recipes_compile_one_after_the_other(device, on_kernels):
@@ -298,6 +300,7 @@ def assert_same_operands(monkeypatch, device, x, row, col, keep_col):
 @pytest.mark.parametrize("recipe", [r.active(h) for r in RECIPES.values() for h in (None, "forward")], ids=_name)
 def test_a_layers_operands_are_the_same_with_kernels_and_without(monkeypatch, device, recipe):
     x, w, dy = (torch.randn(*s, device=device).bfloat16() for s in ((37, 64), (48, 64), (37, 48)))
+    recipe = recipe.fitted(64, 48)
     evaluated = recipe.per_token()
     for tensor, row, col, keep in (
         (x, recipe.fprop.a, recipe.wgrad.b, True),
@@ -309,7 +312,8 @@ def test_a_layers_operands_are_the_same_with_kernels_and_without(monkeypatch, de
         operands = assert_same_operands(monkeypatch, device, tensor, row, col, keep)
         if keep and col.format == "nvfp4":
             kept = sum(t.numel() * t.element_size() for t in operands[1].tensors)
-            assert kept == 48 * 64 * 9 // 16 + 4  # half a byte, a scale for each 16, one FP32 number
+            tokens = -(-37 // max(16, col.hadamard)) * max(16, col.hadamard)
+            assert kept == tokens * 64 * 9 // 16 + 4  # half a byte, a scale for each 16, one FP32 number
 
 
 @pytest.mark.parametrize("keep_col", [False, True])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hf_nvfp4 import RECIPES, Cast, NVFP4Linear, Recipe, quantize, use_recipe

@@ -181,9 +181,8 @@ def _alone_transposed(x: Tensor, cast: Cast, keep: bool) -> Operand | QuantizedT
 
 def packed(codes: Tensor, scales: Tensor, tensor_scale: Tensor, cast: Cast) -> QuantizedTensor:
     """The kernels' bytes as a QuantizedTensor."""
-    scale = cast.block_format.scale
-    if isinstance(scale, Element):
-        scales = scales.view(scale.dtype)
+    if scales is not None:
+        scales = scales.view(cast.block_format.scale_dtype)
     return QuantizedTensor(codes, scales, tensor_scale, cast)
 
 
