@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+import torch._functorch.config
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -173,13 +174,14 @@ def training_arguments(args: argparse.Namespace, folder: str, steps: int) -> Tra
 
 
 @contextlib.contextmanager
-def compilation(kind: str):
+def compilation(kind: str, memory_budget: float):
     """Trainer compiles each decoder block by itself ("regional"), or the model as one ("whole")."""
     names = ("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
     before = {name: os.environ.pop(name, None) for name in names}  # TrainingArguments sets the others
     os.environ[names[0]] = str(kind == "regional")
     try:
-        yield
+        with torch._functorch.config.patch(activation_memory_budget=memory_budget):
+            yield
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)
@@ -213,7 +215,7 @@ def train(args: argparse.Namespace, convert: Callable[[nn.Module], dict]) -> dic
     marks = StepMarks(args.clock, warmup)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(args.device)
-    with tempfile.TemporaryDirectory() as folder, compilation(args.compile):
+    with tempfile.TemporaryDirectory() as folder, compilation(args.compile, args.memory_budget):
         trainer = LossTrainer(network, training_arguments(args, folder, steps), train_dataset=tokens, callbacks=[marks])
         trainer.remove_callback(PrinterCallback)
         trainer.train()

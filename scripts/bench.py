@@ -133,6 +133,13 @@ def add_model_options(add) -> None:
         default="none",
         help="Trainer's torch_compile, of BF16 too; regional: each decoder block by itself, which compiles soonest",
     )
+    add(
+        "--memory_budget",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="the compiler's activation_memory_budget, for every model: below 1 it makes more anew in backward",
+    )
     add("--skip", nargs="+", default=[], metavar="NAME", help="linears to keep in BF16")
     add("--keep_bf16_first", type=count_or_fraction, metavar="N", help="blocks to keep in BF16: a count or a fraction")
     add("--keep_bf16_last", type=count_or_fraction, metavar="N", help="(default of both: the recipe's)")
@@ -155,6 +162,10 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
                 parser.error(f"unknown {kind} {name!r}; known: {', '.join(known)}")
     if min(args.rounds, args.batch, args.sequence_length, args.steps) < 1:
         parser.error("--rounds, --batch, --sequence_length and --steps are at least 1")
+    if not 0 <= args.memory_budget <= 1:
+        parser.error(f"--memory_budget {args.memory_budget}: a fraction; 0 keeps next to nothing, 1 what saves time")
+    if args.memory_budget < 1 and args.compile == "none":
+        parser.error("--memory_budget is the compiler's: add --compile")
     if args.torchao and importlib.util.find_spec("torchao") is None:
         parser.error("--torchao needs torchao, which is not installed: pip install torchao")
     choose_device(args, parser)
@@ -212,7 +223,8 @@ def benchmarks(args: argparse.Namespace):
     for shape in args.linear_shapes if "linear" in args.what else ():
         yield "linear", {"shape": shape}, partial(bench_linear, args, shape)
     if "model" in args.what:
-        setting = {name: getattr(args, name) for name in ("model", "layers", "batch", "sequence_length", "compile")}
+        names = ("model", "layers", "batch", "sequence_length", "compile", "memory_budget")
+        setting = {name: getattr(args, name) for name in names}
         setting = {name: value for name, value in setting.items() if value is not None}
         yield "model", setting, partial(bench_model, args)
         yield "layers", setting, partial(bench_layers, args)

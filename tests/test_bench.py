@@ -210,6 +210,8 @@ def test_another_seed_and_nan_are_wrong(device):
         (["--cast_shapes", "64"], "'64' is not 2 sizes, as 4096x4096"),
         (["--linear_shapes", "64x0x64"], "'64x0x64' is not 3 sizes"),
         (["--rounds", "0"], "at least 1"),
+        (["--model", "tiny", "--compile", "--memory_budget", "2"], "a fraction"),
+        (["--model", "tiny", "--memory_budget", "0.9"], "add --compile"),
     ],
 )
 def test_bad_options_are_a_sentence(bench, capsys, monkeypatch, argv, sentence):

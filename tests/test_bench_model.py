@@ -98,15 +98,17 @@ def test_trainer_compiles_as_asked_and_the_environment_stays(args, monkeypatch):
 
     def spy(module, **options):
         compiled.append(type(module).__name__)
+        assert torch._functorch.config.activation_memory_budget == 0.7
         return compile_(module, **options | {"backend": "eager"})
 
     monkeypatch.setattr(torch, "compile", spy)
     before = dict(os.environ)
+    args.memory_budget = 0.7
     for kind, times in (("regional", 2), ("whole", 0)):
         args.compile, compiled[:] = kind, []
         bench_model.train(args, bench_model.keep)
         assert compiled.count("LlamaDecoderLayer") == times and ("LlamaForCausalLM" in compiled) == (kind == "whole")
-        assert os.environ == before
+        assert os.environ == before and torch._functorch.config.activation_memory_budget == 1
 
 
 def test_a_loss_that_is_not_a_number_is_wrong(args):
