@@ -1,4 +1,4 @@
-"""The figure of a comparison: loss curves, and the gap to BF16 over training. Knows Matplotlib; no torch."""
+"""Figures: loss curves and the gap to BF16 over training; errors of casts, gradients of layers. No torch."""
 
 import io
 
@@ -13,6 +13,7 @@ from hf_nvfp4.report import Variant, base_of, gaps, incomparable, spread, title
 _KNOWN = {"bf16": "#000000", "fp8": "#0072B2", "nvfp4": "#D55E00"}
 _OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vPX"
+_DASHES = ("-", "--", ":")
 _ENOUGH_VALIDATIONS = 5
 _SMOOTHED_SHARE = 0.05  # of all logged losses are averaged into one point
 
@@ -34,6 +35,10 @@ def figure_png(variants: list[Variant], inches: tuple[float, float] = (11, 4.8),
     wide = sum(len(handle.get_label()) + 8 for handle in handles) > 13 * inches[0]
     columns = -(-len(handles) // 2) if wide else len(handles)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
@@ -149,3 +154,56 @@ def _finish(axes, heading: str) -> None:
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+# ---- Quantizers ------------------------------------------------------------------------------------------
+
+
+def _style_of(place: int) -> dict:
+    """A colour, marker and dash of its own for each of 84 curves."""
+    colours = (*_KNOWN.values(), *_OTHERS)
+    dash = _DASHES[place // len(colours) % len(_DASHES)]
+    return {"color": colours[place % len(colours)], "marker": _MARKERS[place % len(_MARKERS)], "linestyle": dash}
+
+
+def unbiasedness_png(casts: dict[str, dict], inches: tuple[float, float] = (10, 6), dpi: int = 150) -> bytes:
+    """Error of the mean of B draws over B, both logarithmic: what draws coloured, what doesn't in grey.
+
+    casts: as in quantizers.json.
+    """
+    figure = Figure(figsize=inches, dpi=dpi, layout="constrained")
+    axes, drawn = figure.subplots(), 0
+    for name, entry in casts.items():
+        curve = entry["unbiasedness"]
+        if not entry["draws"]:
+            axes.loglog(curve["counts"], curve["errors"], color="0.75", linewidth=0.8)
+            continue
+        label = name if curve["verdict"] == "unbiased" else f"{name} (biased, {curve['floor']:.1e})"
+        axes.loglog(curve["counts"], curve["errors"], label=label, markersize=4, linewidth=1.2, **_style_of(drawn))
+        drawn += 1
+    axes.plot([], [], color="0.75", linewidth=0.8, label="always the same: biased")
+    axes.set_title("Relative squared error of the mean of B draws; unbiased: ∝ 1/B", fontsize=10, loc="left")
+    axes.set_xlabel("B")
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def gradients_png(gradients: dict[str, dict], inches: tuple[float, float] = (11, 5.5), dpi: int = 150) -> bytes:
+    """1 - cosine of each layer's weight gradient to BF16's, a curve a recipe over the layers in the model's order.
+
+    gradients: as in quantizers.json.
+    """
+    figure = Figure(figsize=inches, dpi=dpi, layout="constrained")
+    axes, names = figure.subplots(), []
+    for place, (recipe, entry) in enumerate((r, e) for r, e in gradients.items() if r != "bf16" and "layers" in e):
+        names = list(entry["layers"])
+        values = [np.nan if cosine is None else 1 - cosine for cosine in entry["layers"].values()]
+        axes.semilogy(values, label=recipe, markersize=4, linewidth=1.2, **_style_of(place))
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=max(3, min(7, 300 // max(len(names), 1))))
+    axes.set_title("1 − cosine of each weight's gradient to that of recipe bf16", fontsize=10, loc="left")
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return _png(figure)
