@@ -183,6 +183,9 @@ def unbiasedness_png(casts: dict[str, dict], inches: tuple[float, float] = (10, 
         drawn += 1
     axes.plot([], [], color="0.75", linewidth=0.8, label="always the same: biased")
     axes.set_title("Relative squared error of the mean of B draws; unbiased: ∝ 1/B", fontsize=10, loc="left")
+    axes.set_xticks(next(iter(casts.values()))["unbiasedness"]["counts"], minor=False)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.minorticks_off()
     axes.set_xlabel("B")
     axes.grid(color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -53,11 +53,6 @@ class Yardstick:
     published: float | None
     recomputed: float
 
-    @property
-    def value(self) -> float:
-        """The published number, or, without one, the recomputed."""
-        return self.recomputed if self.published is None else self.published
-
 
 # MS-EDEN's 9.32 is with a correction for each 16 elements, as here.
 YARDSTICKS = {
@@ -76,8 +71,8 @@ YARDSTICKS = {
 }
 
 NORMAL = "N(0, 1)"
-# A floor counts if it is above this by so many standard errors. Rounding N(0, 1) to BF16 costs 2.8e-6, and every
-# rotation with fixed signs does that, always alike.
+# A floor counts if it is above this by so many standard errors. Rounding N(0, 1) to BF16 costs 2.8e-6, and a rotation
+# with fixed signs does that, always alike.
 NEGLIGIBLE = 3e-6
 _SIGNIFICANT = 4.0
 

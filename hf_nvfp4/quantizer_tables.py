@@ -67,7 +67,7 @@ def unbiasedness_table(casts: dict[str, dict]) -> str:
     notes = """
 Relative squared error of the mean of B independent draws of one tensor from N(0, 1), rotated back where the cast
 rotates. Floor: what of the last column is not the spread of the draws, the squared bias, ± its standard error.
-Biased: a floor that is by more than 4 standard errors above 2.5e-6, about what rounding to BF16 costs (a rotation with
+Biased: a floor that is by more than 4 standard errors above 3e-6, about what rounding to BF16 costs (a rotation with
 fixed signs does). Casts without random numbers are always the same and are left out: their floor is their error."""
     return f"{markdown_table(['cast', *(f'B = {n}' for n in counts), 'floor', 'verdict'], lines)}\n{notes}"
 

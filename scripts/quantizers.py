@@ -53,6 +53,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} {getattr(args, name)} is not a multiple of 128, which blocks and rotations need")
     if args.draws < 2:
         parser.error(f"--draws {args.draws}: at least 2 are needed to tell a bias from chance")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} can't be used here: {str(error).splitlines()[0]}")
     return args
 
 
