@@ -41,8 +41,11 @@ ALLOWED = {
     "model_study": {"data", "integration", "linear", "packing", "recipes"},
     "quantizer_tables": {"scores"},
     "report": {"scores"},
-    "plots": {"report"},
+    "gaps": {"report", "scores"},
+    "plots": {"gaps", "report"},
     "cards": {"report", "scores"},
+    "processes": set(),
+    "comparison": {"data", "gemm", "integration", "options", "processes", "report", "runlog", "scores"},
 }
 
 
