@@ -54,6 +54,9 @@ class ModelArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train anew where a run has been; its checkpoints are deleted."}
     )
+    save_model: bool = field(
+        default=True, metadata={"help": "Save the trained model, not only what was measured (run.json)."}
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Figures: loss curves and the gap to BF16 over training; errors of casts, gradients of layers. No torch."""
+"""Figures: loss curves, gaps to BF16 over training and at its end; errors of casts, gradients of layers. No torch."""
 
 import io
 
@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
+from hf_nvfp4.gaps import Comparison, Gap, gap_text
 from hf_nvfp4.report import Variant, base_of, gaps, incomparable, spread, title
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers tell the curves apart in print.
@@ -20,21 +21,74 @@ _SMOOTHED_SHARE = 0.05  # of all logged losses are averaged into one point
 
 def figure_png(variants: list[Variant], inches: tuple[float, float] = (11, 4.8), dpi: int = 150) -> bytes:
     """Loss curves at the left, relative gap to the BF16 run at the right; inches × dpi pixels."""
+    compared = [v for v in variants if v.label not in incomparable(variants)]
+    base = base_of(compared, "bf16")
+    texts = {variant.label: _gap_note(variant, compared, base) for variant in variants}
+    return _curves_png(variants, compared, base, texts, (inches, dpi))
+
+
+def comparison_png(comparison: Comparison, inches: tuple[float, float] = (11, 5.2), dpi: int = 150) -> bytes:
+    """The same of a Comparison, to its base; lines are means over seeds, bands their range, ± standard errors."""
+    compared = [row.variant for row in comparison.rows if not row.obstacle]
+    texts = {row.label: f" ({gap_text(row.gap)})" if row.gap else "" for row in comparison.rows}
+    texts |= {row.label: " (not comparable)" for row in comparison.rows if row.obstacle}
+    return _curves_png(comparison.variants, compared, comparison.base, texts, (inches, dpi))
+
+
+def gaps_png(comparison: Comparison, inches_wide: float = 8, dpi: int = 150) -> bytes:
+    """Mean gap of each recipe to the base with its standard error, a dot a seed; the base's own spread in grey."""
+    rows = [row for row in comparison.rows if row.gap]
+    figure = Figure(figsize=(inches_wide, 1.8 + 0.45 * max(len(rows), 1)), dpi=dpi, layout="constrained")
+    axes = figure.subplots()
+    if not rows:
+        _say_instead(axes, f"nothing to compare with {comparison.base_name}")
+        return _png(figure)
+    if spread_percent := comparison.base_spread():
+        words = f"±1 standard deviation of {comparison.base_name} over seeds"
+        axes.axvspan(-spread_percent, spread_percent, color="0.92", label=words)
+    axes.axvline(0, color="black", linewidth=1.2)
+    _draw_points(axes, [row.gap for row in rows], -0.13, "#D55E00", "as trained")
+    _draw_points(axes, [row.gap_bf16 for row in rows], 0.13, "#0072B2", "the same weights in BF16")
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g} %" if x else "0 %"))
+    heading = f"Gap in validation loss to {comparison.base_name}: mean ± standard error, a dot a seed"
+    axes.set_title(heading, fontsize=10, loc="left")
+    axes.grid(axis="x", color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return _png(figure)
+
+
+def _draw_points(axes, found: list[Gap], offset: float, colour: str, label: str) -> None:
+    """One gap a line, `offset` below its middle."""
+    for line, gap in enumerate(found):
+        values = list(gap.by_seed.values())
+        axes.plot(values, [line + offset] * len(values), "o", color=colour, alpha=0.45, markersize=4, markeredgewidth=0)
+        bar = None if gap.standard_error is None else [gap.standard_error]
+        axes.errorbar(
+            [gap.mean], [line + offset], xerr=bar, fmt="D", color=colour, markersize=6, capsize=3,
+            label=None if line else label,
+        )  # fmt: skip
+
+
+def _curves_png(variants: list[Variant], compared: list[Variant], base, texts: dict[str, str], size: tuple) -> bytes:
+    """texts: what stands behind each label in the legend; size: (inches, dpi)."""
+    inches, dpi = size
     figure = Figure(figsize=inches, dpi=dpi, layout="constrained")
     left, right = figure.subplots(1, 2)
     styles = _styles(variants)
     _draw_losses(left, variants, styles)
-    compared = [v for v in variants if v.label not in incomparable(variants)]
-    _draw_gaps(right, compared, styles)
+    _draw_gaps(right, compared, base, styles)
     figure.suptitle(title(variants), fontsize=11)
-    handles = [_legend_entry(variant, compared, *styles[variant.label]) for variant in variants]
+    handles = [_legend_entry(variant.label + texts[variant.label], *styles[variant.label]) for variant in variants]
     handles.append(Line2D([], [], color="0.4", label="training, smoothed"))
     handles.append(Line2D([], [], color="0.4", marker="o", linestyle="", label="validation"))
     if any(variant.first.record["precision_schedule"] for variant in variants):
         handles.append(Line2D([], [], color="0.4", linestyle=":", label="switch to BF16"))
-    wide = sum(len(handle.get_label()) + 8 for handle in handles) > 13 * inches[0]
-    columns = -(-len(handles) // 2) if wide else len(handles)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    lines = -(-sum(len(handle.get_label()) + 8 for handle in handles) // int(13 * inches[0]))
+    figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // lines), frameon=False)
     return _png(figure)
 
 
@@ -53,13 +107,15 @@ def _styles(variants: list[Variant]) -> dict[str, tuple[str, str]]:
     return {v.label: (colours[v.label], _MARKERS[i % len(_MARKERS)]) for i, v in enumerate(variants)}
 
 
-def _legend_entry(variant: Variant, compared: list[Variant], colour: str, marker: str) -> Line2D:
-    base = base_of(compared, "bf16")
+def _gap_note(variant: Variant, compared: list[Variant], base: Variant | None) -> str:
     found = None if variant is base else gaps(variant, base)
-    text = f" ({spread(found, 2, '+')} % in validation)" if found else ""
     if variant not in compared:
-        text = " (not comparable)"
-    return Line2D([], [], color=colour, marker=marker, markersize=5, label=variant.label + text)
+        return " (not comparable)"
+    return f" ({spread(found, 2, '+')} % in validation)" if found else ""
+
+
+def _legend_entry(text: str, colour: str, marker: str) -> Line2D:
+    return Line2D([], [], color=colour, marker=marker, markersize=5, label=text)
 
 
 def _curve(variant: Variant, kind: str, smoothed: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -103,12 +159,15 @@ def _draw_losses(axes, variants: list[Variant], styles: dict) -> None:
     _finish(axes, "Loss")
 
 
-def _draw_gaps(axes, variants: list[Variant], styles: dict) -> None:
-    base = base_of(variants, "bf16")
+def _say_instead(axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, ha="center", va="center", color="0.4")
+    axes.set_axis_off()
+
+
+def _draw_gaps(axes, variants: list[Variant], base: Variant | None, styles: dict) -> None:
     others = [variant for variant in variants if variant is not base]
     if base is None or not others:
-        axes.text(0.5, 0.5, "nothing to compare with a BF16 run", ha="center", va="center", color="0.4")
-        axes.set_axis_off()
+        _say_instead(axes, "nothing to compare with")
         return
     enough = all(_curve(v, "validation", False)[0].size >= _ENOUGH_VALIDATIONS for v in variants)
     kind = "validation" if enough else "train"
@@ -126,15 +185,23 @@ def _draw_gaps(axes, variants: list[Variant], styles: dict) -> None:
     margin = 0.08 * (values.max() - values.min()) or 1.0
     axes.set_ylim(values.min() - margin, values.max() + margin)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:+g} %" if y else "0 %"))
-    _finish(axes, f"Gap to BF16, {'validation loss' if enough else 'smoothed training loss'}")
+    _finish(axes, f"Gap to {_name(base)}, {'validation loss' if enough else 'smoothed training loss'}")
+
+
+def _name(base: Variant) -> str:
+    return "BF16" if base.label == "bf16" else base.label
 
 
 def _gap_curve(variant: Variant, base: Variant, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [n], % [seeds, n]); seed by seed where both have as many, else to the base's mean."""
+    """(tokens [n], % [seeds, n]) for the seeds that both have; without any, of the means."""
+    ours, theirs = ({run.get("training.seed"): run for run in v.runs} for v in (variant, base))
+    seeds = [seed for seed in ours if seed in theirs]
+    if seeds:
+        variant, base = (Variant(variant.label, [runs[seed] for seed in seeds]) for runs in (ours, theirs))
     tokens, losses = _curve(variant, kind, smoothed=kind == "train")
     base_tokens, base_losses = _curve(base, kind, smoothed=kind == "train")
-    if len(losses) != len(base_losses):
-        base_losses = base_losses.mean(0, keepdims=True)
+    if not seeds:
+        losses, base_losses = losses.mean(0, keepdims=True), base_losses.mean(0, keepdims=True)
     _, mine, its = np.intersect1d(tokens, base_tokens, return_indices=True)
     return tokens[mine], 100 * (losses[:, mine] / base_losses[:, its] - 1)
 

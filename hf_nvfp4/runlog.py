@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +29,10 @@ _STATE_FILE = "trainer_state.json"  # Trainer writes it last: its presence makes
 
 class SaveError(RuntimeError):
     """A save failed. Its text says what is intact and how to go on."""
+
+
+class Stopped(Exception):
+    """SIGTERM ended training early, with a checkpoint to go on from."""
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------
@@ -219,6 +224,43 @@ class SameData(TrainerCallback, ExportableState):
             raise InputError(
                 f"the checkpoint was trained on other data (fingerprint {before[:12]}…, now {self.fingerprint[:12]}…). "
                 "Give the data, tokenizer and sequence options of the first run, or start in another --output_dir."
+            )
+
+
+class StopOnSignal(TrainerCallback):
+    """Within its `with` block SIGTERM ends training after the step that runs, with a checkpoint.
+
+    Once the last step is done, SIGTERM is held off: what follows (evaluation, saving) is short and not resumable.
+    In a run of several processes nothing is changed: they would stop at different steps.
+    Stands before RunTimer among the callbacks, so that the checkpoint knows the seconds up to it.
+    """
+
+    def __init__(self, one_process: bool = True):
+        self._listens, self._asked, self._before, self._stopped = one_process, False, None, ""
+
+    def __enter__(self) -> "StopOnSignal":
+        if self._listens:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, number, frame):
+        self._asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+            self._stopped = f"step {state.global_step} of {state.max_steps}"
+
+    def check(self) -> None:
+        """Raise Stopped if training has ended because of the signal."""
+        if self._stopped:
+            raise Stopped(
+                f"stopped by SIGTERM at {self._stopped}; a checkpoint is saved. "
+                "The same command with --resume_from_checkpoint auto goes on."
             )
 
 

@@ -9,6 +9,7 @@
     python scripts/train.py --config scripts/configs/late_switch.yaml --seed 1
 
 Every field of TrainingArguments is an option too: --learning_rate, --max_steps, --report_to tensorboard, …
+SIGTERM ends a run of one process after the step that runs, with a checkpoint; exit status 143.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import dataclasses
 import json
 import math
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -312,10 +314,12 @@ def check_same_recipe(checkpoint: Path, network) -> None:
         )
 
 
-def build_trainer(args: Arguments, network, tokenizer, packed) -> tuple[runlog.SafeTrainer, runlog.RunTimer]:
-    """The Trainer, and the callback that times it."""
+def build_trainer(
+    args: Arguments, network, tokenizer, packed, first: list = ()
+) -> tuple[runlog.SafeTrainer, runlog.RunTimer]:
+    """The Trainer, and the callback that times it. first: callbacks that come before the others."""
     timer = runlog.RunTimer()
-    watch = [timer, runlog.SameData(packed.about["fingerprint"]), hf_nvfp4.StopOnNonFinite()]
+    watch = [*first, timer, runlog.SameData(packed.about["fingerprint"]), hf_nvfp4.StopOnNonFinite()]
     resolve_steps(args.training, packed.train)
     trainer = runlog.SafeTrainer(
         network,
@@ -341,13 +345,17 @@ def main(argv: list[str]) -> None:
         network = build_model(args, tokenizer)
     if checkpoint:
         check_same_recipe(checkpoint, network)
-    trainer, timer = build_trainer(args, network, tokenizer, packed)
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    run = describe_run(args, trainer, timer, packed, final_losses(trainer, packed.about))
-    output_dir = Path(args.training.output_dir)
-    runlog.publish_model(trainer, output_dir)
-    if trainer.is_world_process_zero():
-        write_json(output_dir / runlog.RUN_FILE, run)
+    with runlog.StopOnSignal(one_process=args.training.world_size == 1) as stop:
+        trainer, timer = build_trainer(args, network, tokenizer, packed, first=[stop])
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        stop.check()
+        run = describe_run(args, trainer, timer, packed, final_losses(trainer, packed.about))
+        output_dir = Path(args.training.output_dir)
+        trainer.save_state()
+        if args.model.save_model:
+            runlog.publish_model(trainer, output_dir)
+        if trainer.is_world_process_zero():
+            write_json(output_dir / runlog.RUN_FILE, run)
     args.say(f"{table(run)}\n  saved in         {output_dir}")
 
 
@@ -356,3 +364,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (InputError, runlog.SaveError, FloatingPointError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except runlog.Stopped as stopped:
+        print(f"train.py: {stopped}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)

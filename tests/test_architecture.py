@@ -44,8 +44,11 @@ ALLOWED = {
     "model_study": {"data", "integration", "language", "linear", "packing"},
     "quantizer_tables": {"scores"},
     "report": {"scores"},
-    "plots": {"report"},
+    "gaps": {"report", "scores"},
+    "plots": {"gaps", "report"},
     "cards": {"report", "scores"},
+    "processes": set(),
+    "comparison": {"data", "gemm", "integration", "options", "processes", "report", "runlog", "scores"},
 }
 
 
