@@ -10,6 +10,7 @@ with it is NaN or inf.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -293,8 +294,12 @@ def _grouped(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
 # ---------------------------------------------------------------------------- the cast
 
 
-def prepare(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def prepare(
+    x: Tensor, cast: Cast, generator: torch.Generator | None = None, rotate: Callable = rotate
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a cast needs to know of the whole tensor: x (rotated if the cast says so), its amax, a seed for rounding.
+
+    rotate: what computes `rounding.rotate`.
 
     amax: scalar (where the cast says so, the bound that it has before the rotation), or [M, 1] with per-row scales;
         unused by formats without a tensor scale.

@@ -62,6 +62,19 @@ def test_every_output_of_every_cast_equals_the_reference(device, cast):
 
 
 @pytest.mark.parametrize("outer", ["tensor", "row"])
+@pytest.mark.parametrize("size", [16, 32, 128, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rotations_are_the_references(device, size, dtype):
+    for m, k in ((3, 2048), (37, 1024)):
+        x = (torch.randn(m, k, device=device) * torch.randn(m, 1, device=device).exp()).to(dtype)
+        assert torch.equal(ops.rotate(x, size), rotate(x, size))
+        assert torch.equal(ops.rotate(x[:, -size:], size), rotate(x[:, -size:], size))  # strided
+    x[5, 7] = float("nan")
+    assert ops.rotate(x, size).isnan().sum() == size
+    with pytest.raises(ValueError, match="rotate: size 24 for K=1024"):
+        ops.rotate(x, 24)
+
+
 @pytest.mark.parametrize("rule", ["amax", "4over6", "4over6_mse", "best", "fp8_exact"])
 def test_block_scales_of_every_size(device, rule, outer):
     """A block for each magnitude between its tensor's largest and zero, so that every E4M3 scale comes up."""

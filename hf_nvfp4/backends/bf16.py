@@ -88,7 +88,8 @@ def _cast(x: Tensor, cast: Cast, keep: bool) -> Operand | QuantizedTensor:
     """One orientation."""
     if is_plain(cast):
         return plain(x, cast)
-    x, amax, seed = prepare(x.contiguous(), cast)
+    rotation = {"rotate": kernels.ops.rotate} if _use_kernels(x) else {}
+    x, amax, seed = prepare(x.contiguous(), cast, **rotation)
     rows = _rows_at_once(x)
     keep = keep and not cast.block_format.high_precision
     parts = []

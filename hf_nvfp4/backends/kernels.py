@@ -1,7 +1,7 @@
 """From casts to Triton kernels (hf_nvfp4.ops): what the backends do on a GPU. Needs Triton to be imported.
 
-Knows how a `Cast` reads as a kernel's Spec, and what the kernels leave to PyTorch: rotations beyond 16, casts to
-plain types, scales for each row of xᵀ.
+Knows how a `Cast` reads as a kernel's Spec, and what the kernels leave to PyTorch: casts to plain
+types, scales for each row of xᵀ.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from hf_nvfp4.backends.operand import Operand, is_plain, plain, transposed
 from hf_nvfp4.casts import Cast
 from hf_nvfp4.formats import Element
 from hf_nvfp4.ops import CODES, CODES_ACROSS, FP8, NOTHING, VALUES
-from hf_nvfp4.reference import Packed, QuantizedTensor, draw_seed, quantize_blocks, rotate
+from hf_nvfp4.reference import Packed, QuantizedTensor, draw_seed, quantize_blocks
 
 
 def knows(cast: Cast) -> bool:
@@ -94,13 +94,13 @@ def quantize(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_ou
 
 
 def quantize_rows(x: Tensor, cast: Cast, how: int) -> list[Tensor | None]:
-    """`quantize` of one orientation: x along its last dimension, its rotation left to PyTorch."""
+    """`quantize` of one orientation: x along its last dimension, rotated on its own."""
     largest = None
     if cast.outer == "bound":
         largest = x.abs().amax().float().reshape(1) * cast.hadamard**0.5
         cast = dataclasses.replace(cast, outer="tensor")
     if cast.hadamard:
-        x, cast = rotate(x, cast.hadamard), dataclasses.replace(cast, hadamard=0, signs="fixed")
+        x, cast = ops.rotate(x, cast.hadamard), dataclasses.replace(cast, hadamard=0, signs="fixed")
     return quantize(x.contiguous(), cast, how, None, NOTHING, largest)[:3]
 
 

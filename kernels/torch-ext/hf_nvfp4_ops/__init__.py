@@ -1,7 +1,7 @@
 """Triton kernels for block-quantized operands of GEMMs: cast, dequantize, multiply. See ops.py and spec.py."""
 
 from .blas import unfit
-from .ops import amax, cast, dequantize, padded, scaled_matmul
+from .ops import amax, cast, dequantize, padded, rotate, scaled_matmul
 from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Spec, spec_text
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "cast",
     "dequantize",
     "padded",
+    "rotate",
     "scaled_matmul",
     "spec_text",
     "unfit",

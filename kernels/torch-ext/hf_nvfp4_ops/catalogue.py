@@ -1,4 +1,4 @@
-"""Every launch of cast.py and dequantize.py that recipes make, to compile without a GPU. See variants.py."""
+"""Every launch of cast.py, dequantize.py and rotate.py that recipes make, to compile without a GPU. See variants.py."""
 
 from dataclasses import replace
 
@@ -6,6 +6,7 @@ from .cast import amax_kernel, cast_kernel
 from .conversion import NONE, STOCHASTIC, TO_NEAREST
 from .dequantize import dequantize_kernel, factors_kernel
 from .launch import OPTIONS, tile_for, tile_for_values
+from .rotate import NUM_WARPS, constants, rotate_kernel
 from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Plan, Spec, plan
 from .variants import Variant
 
@@ -100,7 +101,14 @@ def _dequantize(name: str, spec: Spec, across: bool) -> Variant:
     return Variant(f"dequantize_{name}", dequantize_kernel, types, constexprs, options, ("M", "K"))
 
 
+def _rotate(size: int) -> Variant:
+    types = {"x_ptr": "*bf16", "out_ptr": "*bf16", "blocks": "i32"}
+    options = {"num_warps": NUM_WARPS, **OPTIONS}
+    return Variant(f"rotate_{size}", rotate_kernel, types, constants(size), options, ("blocks",))
+
+
 VARIANTS = [
+    *map(_rotate, (32, 128, 4096)),
     _amax("tensor", 0),
     _amax("both", 16),
     *(_cast(name, *arguments) for name, arguments in _CASTS.items()),

@@ -3,6 +3,7 @@
     amax(x, row, col_hadamard)                           largest magnitudes, FP32 [2]
     cast(x, amax, seeds, row, row_out, col, col_out)     both orientations of x, quantized
     dequantize(codes, scales, spec)                      BF16 code × block scale
+    rotate(x, size)                                      BF16 random Hadamard transform
     scaled_matmul(a, b, scale_a, scale_b, bias, dtype)   scale_a · scale_b · a @ b.T + bias
 
 Specs travel as text, see spec.py. The operators' namespace is this package's name, so that several versions can be
@@ -19,10 +20,12 @@ from . import blas
 from .cast import amax_kernel, cast_kernel
 from .dequantize import dequantize_kernel, factors_kernel
 from .launch import INTERPRETED, Launcher, Tile, hardware, on, processors, tile_for, tile_for_values
+from .rotate import NUM_WARPS, constants, rotate_kernel
 from .spec import CODES_ACROSS, CODES_SWIZZLED, FP8, NAMESPACE, NOTHING, VALUES, Plan, plan
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AMAX, _CAST, _DEQUANTIZE, _FACTORS = map(Launcher, (amax_kernel, cast_kernel, dequantize_kernel, factors_kernel))
+_ROTATE = Launcher(rotate_kernel)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -104,6 +107,33 @@ def amax(x: Tensor, row: bool, col_hadamard: int) -> Tensor:
     if col_hadamard == 0:
         bits[1] = bits[0]
     return bits.view(torch.float32)
+
+
+# ---------------------------------------------------------------------------- rotate
+
+
+@_operator(
+    "rotate(Tensor x, int size) -> Tensor", fake=lambda x, size: torch.empty_like(x, dtype=torch.bfloat16).contiguous()
+)
+def rotate(x: Tensor, size: int) -> Tensor:
+    """Random Hadamard transform of blocks of `size` along the last dimension of x [M, K]: BF16 [M, K].
+
+    size: a power of two from 2 to 8192 that divides K. For transforms of up to 16, `cast` has its own.
+    """
+    x = _check(x).contiguous()
+    if size not in [2**i for i in range(1, 14)] or x.shape[1] % size:
+        raise ValueError(f"rotate: size {size} for K={x.shape[1]}; it takes powers of two up to 8192 that divide K")
+    out = torch.empty_like(x, dtype=torch.bfloat16)
+    blocks, arguments = x.numel() // size, _rotate_constants(size)
+    if blocks:
+        with on(x.device):
+            _ROTATE(-(-blocks // arguments[-1]), (x, out), (blocks,), arguments, NUM_WARPS)
+    return out
+
+
+@functools.cache
+def _rotate_constants(size: int) -> tuple:
+    return tuple(constants(size).values())
 
 
 # ---------------------------------------------------------------------------- cast
