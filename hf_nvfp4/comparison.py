@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -89,7 +90,7 @@ def check_options(options: list[str]) -> None:
     if taken := sorted(given & _TAKEN):
         raise InputError(
             f"--{taken[0]} cannot stand after --: compare.py sets it for each run. "
-            "Recipes are given by --recipes, seeds by --seeds, the folder of all by --output."
+            "Recipes are given by --recipes, seeds by --seeds, the folder of all by --output; see --keep_models."
         )
 
 
@@ -253,14 +254,17 @@ def speed_note(folders: list[Path]) -> list[str]:
 
 @contextlib.contextmanager
 def alone_in(output: Path) -> Iterator[None]:
-    """Hold the folder of all runs; InputError if another process has it."""
+    """Hold the folder of all runs, and let the runs hold it; InputError if others have it."""
     output.mkdir(parents=True, exist_ok=True)
     with (output / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            text = f"another compare.py is at work in {output}. Wait for it, or give another --output."
-            raise InputError(text) from error
+            raise InputError(
+                f"another compare.py, or a run that it has started, is at work in {output}. Wait for it or stop it "
+                "(fuser names the process that holds .lock there), or give another --output."
+            ) from error
+        os.set_inheritable(lock.fileno(), True)
         yield
 
 
@@ -334,6 +338,7 @@ def run_all(todos: list[Todo], places: list[Slot], signals: Signals, deadline: f
     left = {todo.run.name: todo for todo in todos if todo.state != "finished"}
     outcome, progress = Outcome(), Progress(todos)
     pool = Pool([todo.job() for todo in left.values()], places, before=lambda job: left[job.name].prepare())
+    pool.first_alone = not any(todo.state in ("finished", "cut off") for todo in todos)
     try:
         for todo in todos:
             if todo.state == "finished":
