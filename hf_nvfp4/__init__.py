@@ -14,9 +14,11 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "RECIPES": "recipes",
-    "Cast": "recipes",
-    "Gemm": "recipes",
-    "Recipe": "recipes",
+    "RECIPE_MAPS": "recipes",
+    "Cast": "casts",
+    "Gemm": "language",
+    "Recipe": "language",
+    "RecipeMap": "language",
     "register_recipe": "recipes",
     "QuantizedTensor": "reference",
     "quantize": "reference",

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_nvfp4 import yardstick
 from hf_nvfp4.backends import BACKENDS, reference
+from hf_nvfp4.casts import Cast
 from hf_nvfp4.gemm import backend_name
+from hf_nvfp4.language import Recipe
 from hf_nvfp4.linear import NVFP4Linear, quantized_linears
-from hf_nvfp4.recipes import Cast, Recipe, get_recipe
+from hf_nvfp4.recipes import get_recipe
 
 SEED = 1
 YARDSTICK = "inductor"

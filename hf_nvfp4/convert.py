@@ -3,14 +3,13 @@
 import os
 from collections import defaultdict
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from hf_nvfp4.backends import BACKENDS
 from hf_nvfp4.gemm import backend_name, check_backend
+from hf_nvfp4.language import Recipe, RecipeMap, check_block_count, matches, recipe_for
 from hf_nvfp4.linear import NVFP4Linear, quantized_linears, unsuitable
-from hf_nvfp4.recipes import Recipe, check_block_count
 
 # Subclasses of nn.Linear whose own forward computes the same thing.
 _LINEAR_FORWARDS = ("FalconLinear",)
@@ -36,7 +35,7 @@ class Choice:
     keep_bf16_first, keep_bf16_last: blocks at either end to keep: a count (int) or a fraction (float).
     """
 
-    recipe: Recipe
+    recipe: Recipe | RecipeMap
     backend: str = "auto"
     skip: tuple[str, ...] = ()
     keep_bf16_first: int | float = 0
@@ -48,27 +47,22 @@ class Choice:
         check_block_count("keep_bf16_last", self.keep_bf16_last)
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether the pattern's components match a run of the name's: "mlp.*" fits "layers.0.mlp.up_proj"."""
-    wanted, parts = pattern.split("."), name.split(".")
-    runs = (parts[i : i + len(wanted)] for i in range(len(parts) - len(wanted) + 1))
-    return any(all(fnmatchcase(p, w) for p, w in zip(run, wanted, strict=True)) for run in runs)
-
-
 def decide(model: nn.Module, choice: Choice) -> list[Decision]:
     """A decision for every linear layer of the model, in the model's order. Changes nothing.
 
     Raises:
-        ValueError: a skip pattern that matches no linear layer, a model without linears, or nothing to convert.
+        ValueError: a pattern of skip or of a recipe map that matches no linear layer, a model without linears, or
+            nothing to convert.
     """
     candidates = {name: module for name, module in model.named_modules() if _is_linear_like(module)}
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no linear layers; hf_nvfp4 converts nn.Linear modules")
-    for pattern in choice.skip:
+    patterns = [] if isinstance(choice.recipe, Recipe) else [pattern for pattern, _ in choice.recipe.recipes]
+    for kind, pattern in [*(("skip", p) for p in choice.skip), *(("recipe", p) for p in patterns)]:
         if not any(matches(pattern, name) for name in candidates):
             examples = ", ".join(list(candidates)[:8])
             raise ValueError(
-                f"skip pattern {pattern!r} matches none of the {len(candidates)} linear layers; their names are "
+                f"{kind} pattern {pattern!r} matches none of the {len(candidates)} linear layers; their names are "
                 f"like {examples}. Patterns match whole components, with * and ? as wildcards."
             )
     heads = _output_heads(model)
@@ -80,8 +74,9 @@ def decide(model: nn.Module, choice: Choice) -> list[Decision]:
             or _unconvertible(name, module)
             or _kept_by_user(name, choice)
             or _kept_block(blocks.get(name), choice)
+            or (None if recipe_for(choice.recipe, name) else "no pattern of the recipe map matches")
         )
-        decisions.append(Decision(name, reason is None, reason or _recipe_of(module, choice.recipe)))
+        decisions.append(Decision(name, reason is None, reason or _recipe_of(name, module, choice.recipe)))
     if not any(d.converted for d in decisions):
         raise ValueError(f"nothing to convert: {summary(decisions)}")
     return decisions
@@ -116,13 +111,16 @@ def _unconvertible(name: str, module: nn.Module) -> str | None:
     return unsuitable(module)
 
 
-def _recipe_of(linear: nn.Linear, recipe: Recipe) -> str:
+def _recipe_of(name: str, linear: nn.Linear, recipe: Recipe | RecipeMap) -> str:
     """What a converted layer computes with, and what its shape changed."""
+    recipe = recipe_for(recipe, name)
     fitted, changes = recipe.fitted(linear.in_features, linear.out_features), []
     for name, features in (("fprop", linear.in_features), ("dgrad", linear.out_features)):
         before, after = (getattr(r, name).a.hadamard for r in (recipe, fitted))
         if before != after:
             changes.append(f", {name} rotated by {after}, not {before}, which does not divide {features}")
+    if recipe.basis != fitted.basis:
+        changes.append(f", features rotated by {fitted.basis}, not {recipe.basis}, which does not divide theirs")
     return f"recipe {recipe.name}{''.join(changes)}"
 
 
@@ -189,15 +187,17 @@ def convert(model: nn.Module, choice: Choice, high_precision: str | None = None)
         )
     decisions = decide(model, choice)
     modules = dict(model.named_modules())
-    converted = [modules[d.name] for d in decisions if d.converted]
-    device = converted[0].weight.device
-    recipe = choice.recipe.active(high_precision)
-    line = f"{summary(decisions)}; recipe {recipe.name}"
-    if device.type != "meta":
-        backend = backend_name(choice.backend, recipe, device)
-        line += f", backend {backend}: {BACKENDS[backend].exactness(recipe)}"
-    for linear in converted:
-        NVFP4Linear.convert(linear, choice.recipe, choice.backend, high_precision)
+    recipes = {d.name: recipe_for(choice.recipe, d.name) for d in decisions if d.converted}
+    device = modules[next(iter(recipes))].weight.device
+    line = summary(decisions)
+    for recipe in dict.fromkeys(recipes.values()):
+        active = recipe.active(high_precision)
+        line += f"; recipe {active.name}"
+        if device.type != "meta":
+            backend = backend_name(choice.backend, active, device)
+            line += f", backend {backend}: {BACKENDS[backend].exactness(active)}"
+    for name, recipe in recipes.items():
+        NVFP4Linear.convert(modules[name], recipe, choice.backend, high_precision)
     model.nvfp4_decisions = decisions
     if os.environ.get("RANK", "0") == "0":
         print(f"hf_nvfp4: {line}", flush=True)

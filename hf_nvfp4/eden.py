@@ -7,8 +7,8 @@ prescribed to the bit, in FP32, so that a kernel can repeat it. Runs on any devi
 import torch
 from torch import Tensor
 
+from hf_nvfp4.casts import Cast
 from hf_nvfp4.formats import FP8_EXACT_RANGE, FP8_EXACT_SIGNIFICANDS
-from hf_nvfp4.recipes import Cast
 from hf_nvfp4.rounding import round_to, sum16
 
 # Of each scale rule, what a block's largest magnitude becomes, and the largest scale before it is corrected. The bound

@@ -22,8 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_nvfp4.gemm import backend_name
 from hf_nvfp4.integration import QUANT_METHOD, NVFP4TrainingConfig
+from hf_nvfp4.language import Recipe, RecipeMap
 from hf_nvfp4.linear import NVFP4Linear, use_recipe
-from hf_nvfp4.recipes import Recipe
 from hf_nvfp4.scores import AS_TRAINED, combine, estimate, standard_error
 
 TASKS = Path(__file__).parent / "tasks"
@@ -87,7 +87,7 @@ def _working_directory(path: str | None):
 # ---- Models --------------------------------------------------------------------------------------------
 
 
-def stored_recipe(name: str) -> tuple[Recipe, str] | None:
+def stored_recipe(name: str) -> tuple[Recipe | RecipeMap, str] | None:
     """The recipe and backend that a checkpoint's config.json names; None for a model without ours."""
     values = getattr(AutoConfig.from_pretrained(_checked(name)), "quantization_config", None)
     if not isinstance(values, dict) or values.get("quant_method") != QUANT_METHOD:

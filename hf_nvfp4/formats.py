@@ -61,6 +61,8 @@ class BlockFormat:
     scale: type of the block scales: an Element (then one FP32 tensor scale sits above them), "e8m0" (powers of
         two from 2^-127 to 2^127) or "float32" (nothing above either), or None (no block scales).
     tensor_scale: whether one FP32 scale, made from its largest magnitude, covers the whole tensor.
+    group: elements along the contraction dimension above whose block scales, E4M3, there is one FP32 scale; "scale"
+        is their product then. None: there are no such groups.
     scale_rules: the ways to choose a block's scale, keys of `SCALE_RULES`, the usual one first.
     """
 
@@ -70,12 +72,18 @@ class BlockFormat:
     scale: Element | str | None = None
     tensor_scale: bool = False
     scale_rules: tuple[str, ...] = ("amax",)
+    group: int | None = None
 
     @property
     def scale_dtype(self) -> torch.dtype | None:
         """The type that block scales are stored in."""
         types = {"float32": torch.float32, "e8m0": torch.float8_e8m0fnu}
         return self.scale.dtype if isinstance(self.scale, Element) else types.get(self.scale)
+
+    @property
+    def multiple(self) -> int:
+        """What a row's length must be a multiple of: its blocks, where two codes share a byte; others are padded."""
+        return (self.block or 2) if self.element.bits < 8 else 1
 
     @property
     def high_precision(self) -> bool:
@@ -92,13 +100,19 @@ SCALE_RULES = {
     "ceil": "the smallest power of two under which nothing saturates (NVIDIA's MXFP8)",
     "4over6": "the largest magnitude becomes 6 or 4, whichever errs less in absolute value (Transformer Engine)",
     "4over6_mse": "the same by squared error (arXiv 2512.02010)",
-    "best": "of the scale by amax and two neighbours, the one with the least squared error",
+    "best": "of the scale by amax and five neighbours, the one with the least squared error",
+    "rms": "the power of two nearest to standard deviation · 2.9225 / 6, which errs least on a Gaussian (QuEST, arXiv "
+    "2502.05003); larger values saturate",
     "fp8_exact": "of {1, 1.25, 1.5}·2^e, so that every element × scale is an E4M3 value: nearest to the scales that "
     "make the largest magnitude 6 or 4, whichever errs less by squared error; under stochastic rounding the next one "
     "above, so that nothing saturates; under MS-EDEN the nearest, then a neighbour of what corrects it",
 }
 # Those that look at rounding errors: they would bias stochastic rounding and MS-EDEN.
 CHOOSING_RULES = ("4over6", "4over6_mse", "best")
+# Those under which elements may saturate by intent, which biases both too.
+CLIPPING_RULES = ("rms",)
+# The largest element of E2M1 over the standard deviation, for the least squared error on N(0, 1).
+RMS_CLIP = 2.92247856
 # Rule "fp8_exact": significands of its scales, and the smallest and largest of these. Times E2M1's 0.5 ... 6, whose
 # significands are 1 and 1.5, that needs E4M3's four bits and stays between its 2^-9 and 448.
 FP8_EXACT_SIGNIFICANDS = (1.0, 1.25, 1.5)
@@ -120,8 +134,12 @@ FORMATS = {
             scale_rules=("amax", *CHOOSING_RULES, "fp8_exact"),
         ),
         # OCP Microscaling Formats 1.0: a power of two per 32, nothing above.
-        BlockFormat("mxfp4", E2M1, block=32, scale="e8m0", scale_rules=("amax", "ceil")),
+        BlockFormat("mxfp4", E2M1, block=32, scale="e8m0", scale_rules=("amax", "ceil", "rms")),
         BlockFormat("mxfp8", E4M3, block=32, scale="e8m0", scale_rules=("amax", "ceil")),
+        # Nvfp4's blocks under an FP32 scale for each 1×128 (arXiv 2510.27527); the scales are stored multiplied.
+        BlockFormat("nvfp4_128", E2M1, block=16, scale="float32", group=128),
+        # E2M1 with one scale above all, usually of each row (arXiv 2501.17116).
+        BlockFormat("fp4", E2M1, tensor_scale=True),
         # The FP8 baseline of the same paper, DeepSeek-V3 style: FP32 scales, 1×128 or 128×128.
         BlockFormat("fp8_e4m3_block", E4M3, block=128, scale="float32"),
         # Per-tensor current scaling.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_nvfp4.backends import BACKENDS, BY_NAME_ONLY
-from hf_nvfp4.recipes import Cast, Gemm, Recipe, unknown
+from hf_nvfp4.casts import Cast, unknown
+from hf_nvfp4.language import Gemm, Recipe, RecipeMap
 from hf_nvfp4.rounding import draw_seed, flip
 
 
@@ -35,6 +36,11 @@ def backend_name(name: str, recipe: Recipe, device: torch.device) -> str:
     advice = f"Use backend={fitting[0]!r}." if fitting else "Move the model to another device."
     gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     raise ValueError(f"recipe {recipe.name!r} does not run on {device}{gpu}: {reasons}. {advice}")
+
+
+def backend_names(name: str, recipe: Recipe | RecipeMap, device: torch.device) -> str:
+    """`backend_name` of a recipe, or of all in a map: "fp8 and bf16"."""
+    return " and ".join(dict.fromkeys(backend_name(name, member, device) for member in recipe.members))
 
 
 def backend_for(name: str, recipe: Recipe, device: torch.device) -> ModuleType:

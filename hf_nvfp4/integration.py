@@ -11,8 +11,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_nvfp4.casts import unknown
 from hf_nvfp4.convert import Choice, Decision, convert
-from hf_nvfp4.recipes import GEMM_CHOICES, Recipe, get_recipe, unknown
+from hf_nvfp4.language import GEMM_CHOICES, Recipe, RecipeMap
+from hf_nvfp4.recipes import get_recipes
 
 QUANT_METHOD = "nvfp4_training"
 
@@ -22,7 +24,10 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
     """How a model is converted; `quantization_config=` of `from_pretrained`, and part of config.json.
 
     Args:
-        recipe: a name in `hf_nvfp4.RECIPES`, a `Recipe`, or its `to_dict()` (config.json holds the latter).
+        recipe: a name in `hf_nvfp4.RECIPES`, a `Recipe`, or its `to_dict()` (config.json holds the latter); or one for
+            each kind of layer, by patterns as in `skip` of which the first that matches counts: a name in
+            `hf_nvfp4.RECIPE_MAPS`, a `RecipeMap`, or a dict such as {"mlp.*": "nvfp4", "self_attn.*": "fp8"}. Layers
+            that no pattern matches stay in high precision; a pattern that matches nothing is an error.
         backend: "auto", or a name in `hf_nvfp4.backends.BACKENDS`. "auto" is what is saved, not its outcome.
         skip: names or patterns of layers to keep in high precision, besides the output head ("mlp.down_proj",
             "layers.0", "*.o_proj"). One that matches nothing is an error.
@@ -37,7 +42,7 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        recipe: str | dict | Recipe = "nvfp4",
+        recipe: str | dict | Recipe | RecipeMap = "nvfp4",
         backend: str = "auto",
         skip: tuple[str, ...] = (),
         keep_bf16_first: int | float | None = None,
@@ -53,7 +58,7 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
         if high_precision is not None and high_precision not in GEMM_CHOICES:
             raise unknown("choice of GEMMs for high_precision", high_precision, ["None", *GEMM_CHOICES])
         self.quant_method = QUANT_METHOD
-        self.recipe = get_recipe(recipe)
+        self.recipe = get_recipes(recipe)
         self.backend = backend
         self.skip = _patterns(skip)
         self.keep_bf16_first = keep_bf16_first
@@ -186,7 +191,7 @@ def _reconcile(saved: NVFP4TrainingConfig, passed: NVFP4TrainingConfig) -> NVFP4
 
 def _show(config: NVFP4TrainingConfig, key: str) -> str:
     value = getattr(config, key)
-    return value.name if isinstance(value, Recipe) else repr(value)
+    return value.name if isinstance(value, (Recipe, RecipeMap)) else repr(value)
 
 
 _merge = AutoHfQuantizer.merge_quantization_configs

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hf_nvfp4.casts import Cast
+from hf_nvfp4.conditioning import conditioned
 from hf_nvfp4.gemm import backend_for, backend_name, cast, check_backend, draw_signs, multiply
-from hf_nvfp4.recipes import BY_KEY, Cast, Gemm, Recipe, get_recipe
+from hf_nvfp4.language import BY_KEY, Gemm, Recipe, RecipeMap, recipe_for
+from hf_nvfp4.recipes import get_recipe, get_recipes
 from hf_nvfp4.sharing import Casts, WeightCasts, can_keep, casts_of_input
 
 
@@ -196,8 +199,21 @@ class NVFP4Linear(nn.Linear):
         eager = not torch.compiler.is_compiling()
         plan = Plan(recipe, backend, dtype, wgrad, self.weight_casts if eager and self.training else None)
         tokens = x.reshape(-1, x.shape[-1])
-        y = LinearFunction.apply(tokens, self.weight, self.bias, plan, casts_of_input(x, self) if eager else None)
+        if recipe.conditions:
+            y = self._conditioned(tokens.to(dtype), plan)
+        else:
+            y = LinearFunction.apply(tokens, self.weight, self.bias, plan, casts_of_input(x, self) if eager else None)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _conditioned(self, tokens: Tensor, plan: Plan) -> Tensor:
+        """The product of what the recipe makes of x [T, K] and the weight; their casts are kept for nobody."""
+        plan = plan._replace(weight_casts=None)
+
+        def product(x: Tensor, weight: Tensor) -> Tensor:
+            return LinearFunction.apply(x, weight, None, plan, None)
+
+        y = conditioned(product, tokens, self.weight, plan.recipe)
+        return y if self.bias is None else y + self.bias.to(plan.dtype)
 
     def extra_repr(self) -> str:
         backend = self.backend
@@ -227,17 +243,19 @@ def quantized_linears(model: nn.Module) -> dict[str, NVFP4Linear]:
 
 
 @contextmanager
-def use_recipe(model: nn.Module, recipe: str | Recipe):
+def use_recipe(model: nn.Module, recipe: str | Recipe | RecipeMap):
     """Run a converted model's layers with another recipe (say "bf16") inside a with block.
+
+    recipe: as `NVFP4TrainingConfig` takes it; layers that a map has no recipe for run in BF16.
 
     Raises:
         ValueError: unknown recipe, or a model without converted layers.
     """
-    recipe = get_recipe(recipe)
-    before = [(linear, linear.recipe, linear.high_precision) for linear in quantized_linears(model).values()]
+    recipe, linears = get_recipes(recipe), quantized_linears(model)
+    before = [(linear, linear.recipe, linear.high_precision) for linear in linears.values()]
     try:
-        for linear, *_ in before:
-            linear.set_recipe(recipe)
+        for name, linear in linears.items():
+            linear.set_recipe(recipe_for(recipe, name) or "bf16")
         yield model
     finally:
         for linear, old, high_precision in before:

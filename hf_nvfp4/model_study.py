@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_nvfp4.data import InputError, embedded_corpus, find_files, read_files
 from hf_nvfp4.integration import NVFP4TrainingConfig, quantize_model
+from hf_nvfp4.language import Recipe
 from hf_nvfp4.linear import NVFP4Linear, quantized_linears, use_recipe
 from hf_nvfp4.packing import load_tokenizer, tokenize
-from hf_nvfp4.recipes import Recipe
 
 # Tokens are padded with zeros to a multiple of this, so that any rotation along them fits.
 _TOKEN_MULTIPLE = 128

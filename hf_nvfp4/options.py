@@ -30,7 +30,7 @@ class ModelArguments:
         default=None, metadata={"help": "From scratch too, but this architecture: a config.json, folder or Hub name."}
     )
     model_name_or_path: str | None = field(default=None, metadata={"help": "A checkpoint to go on from, instead."})
-    recipe: str | None = field(default=None, metadata={"help": "bf16, fp8, nvfp4, … (default: nvfp4)."})
+    recipe: str | None = field(default=None, metadata={"help": "bf16, fp8, nvfp4, … or a .json file (default: nvfp4)."})
     backend: str | None = field(default=None, metadata={"help": "reference, bf16, … (default: auto)."})
     skip: list[str] | None = field(
         default=None, metadata={"help": "Names or patterns of linears to keep in high precision."}
@@ -113,7 +113,7 @@ def default_options(given: set[str], values) -> dict:
         raise InputError("--model_name_or_path excludes --size and --config_name: from a checkpoint or from scratch?")
     model = CHECKPOINT_DEFAULTS if values.model_name_or_path else SIZES[values.size].training_defaults()
     on_cpu = values.use_cpu or not torch.accelerator.is_available()
-    defaults = DEFAULTS | model | {"output_dir": f"runs/{values.recipe or 'nvfp4'}"}
+    defaults = DEFAULTS | model | {"output_dir": f"runs/{Path(values.recipe or 'nvfp4').stem}"}
     defaults |= {"use_cpu": on_cpu, "bf16": not on_cpu or cpu_multiplies_bf16()}
     if "num_train_epochs" in given:
         defaults.pop("max_steps", None)
@@ -164,6 +164,19 @@ def _parse_known(parser: Parser, argv: list[str], names: set[str]) -> argparse.N
     if unknown:
         raise InputError(f"unknown argument {unknown[0]!r}.{_closest(unknown[0], [f'--{name}' for name in names])}")
     return values
+
+
+def read_recipe(path: Path) -> dict:
+    """A recipe of the user's own: `Recipe.to_dict()`, `RecipeMap.to_dict()` or {pattern: name} in a .json file."""
+    if not path.is_file():
+        raise InputError(f"no such recipe file: {path} (looked from {Path.cwd()}).")
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"{path} holds a {type(recipe).__name__}; a recipe is an object with fields.")
+    return recipe
 
 
 def read_config(path: Path, names: Iterable[str]) -> list[str]:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_nvfp4.recipes import MX_SR_HEADROOM, SR_HEADROOM, Cast, Recipe
+from hf_nvfp4.casts import MX_SR_HEADROOM, SR_HEADROOM, Cast
+from hf_nvfp4.language import Recipe
 from hf_nvfp4.reference import quantize
 from hf_nvfp4.rounding import draw_seed, flip, rotate
 
@@ -102,9 +103,8 @@ def named_casts(recipes: Iterable[Recipe]) -> dict[str, Cast]:
 
 def obstacle(shape: tuple[int, int], cast: Cast) -> str | None:
     """Why a tensor [M, K] of this shape can't be cast, or None."""
-    fmt = cast.block_format
-    block = fmt.block if fmt.element.bits < 8 else 1
-    rows, columns = (block if cast.square else 1), max(cast.hadamard, block)
+    multiple = cast.block_format.multiple
+    rows, columns = (multiple if cast.square else 1), max(cast.hadamard, multiple)
     if shape[0] % rows or shape[1] % columns:
         return f"{shape[0]}×{shape[1]} is not made of {rows}×{columns} blocks"
     return None

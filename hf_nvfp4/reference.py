@@ -8,6 +8,7 @@ the row's where rows have their own, the block's where there is none above it), 
 with it is NaN or inf.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_nvfp4.casts import Cast
 from hf_nvfp4.eden import LIMITS, corrected
 from hf_nvfp4.formats import (
     CHOOSING_RULES,
@@ -24,9 +26,9 @@ from hf_nvfp4.formats import (
     FP8_EXACT_RANGE,
     FP8_EXACT_SIGNIFICANDS,
     FP16,
+    RMS_CLIP,
     Element,
 )
-from hf_nvfp4.recipes import Cast
 from hf_nvfp4.rounding import (
     decode,
     draw_seed,
@@ -41,11 +43,11 @@ from hf_nvfp4.rounding import (
 )
 
 # Where the rule may choose a larger scale than the amax's, the largest scale by amax is this, not E4M3's 448: room for
-# half as much again (384), or for five codes more (416).
+# half as much again (384), or for six codes more (448).
 CHOOSING_SCALE_MAX = 256.0
 # Rule "best": E4M3 codes of its candidates, less that of the scale by amax. Mean squared error on N(0, 1), in 1e-3:
-# these three 7.08; (0, -1, 4, 5) 6.80; the best six, (0, -1, 1, 4, 5, 6), 6.65; all from -4 to 6, 6.60.
-BEST_OFFSETS = (0, -1, 5)
+# (0, -1, 5) 7.08; (0, -1, 4, 5) 6.80; these, the best six, 6.65; all from -4 to 6, 6.60.
+BEST_OFFSETS = (0, -1, 1, 4, 5, 6)
 # FP16 whose smallest normal number is E2M1's.
 _E2M10 = Element("e2m10", 2, 10, FP16.max * 2.0**14)
 # Added to a number below 8 and taken away, it leaves a multiple of 2^-11: 256 of them have an exact sum.
@@ -245,15 +247,20 @@ def _powers_of_two(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
 
     In the bits of FP32: the scale's E8M0 byte is the exponent byte of amax (rule "ceil": the next one, if amax has a
     larger significand than the element's largest) less that of the element's largest value, at least 0: all-zero
-    blocks have the scale 2^-127 and codes 0, as OCP has it. NaN or inf: byte 255, NaN. The scale belongs to x itself;
-    elements are those of x / headroom: x · (1 / scale · FP32(1 / headroom)). A value above 2^127 may be rounded to
-    2^128, which FP32 has not: inf.
+    blocks have the scale 2^-127 and codes 0, as OCP has it. Rule "rms": the same of standard deviation · 2.9225 / 6 ·
+    the power of two of the element's largest, rounded up from 2^(e + 1/2) on. NaN or inf: byte 255, NaN. The scale
+    belongs to x itself; elements are those of x / headroom: x · (1 / scale · FP32(1 / headroom)). A value above 2^127
+    may be rounded to 2^128, which FP32 has not: inf.
     """
     fmt = cast.block_format
     blocks = _block_view(x, fmt.block if cast.square else 1, fmt.block)
-    amax = blocks.abs().amax(dim=(1, 3), keepdim=True)
     significand, exponent = math.frexp(fmt.element.max)
+    amax = blocks.abs().amax(dim=(1, 3), keepdim=True)
     carry = 2**24 - 1 - int(significand * 2**24) if cast.scale_rule == "ceil" else 0
+    if cast.scale_rule == "rms":
+        deviation = blocks.std(dim=(1, 3), correction=0, keepdim=True)
+        amax = deviation * (RMS_CLIP / fmt.element.max * 2.0 ** (exponent - 1))
+        carry = 2**24 - int(0.5**0.5 * 2**24)  # from the square root of 2 on, up
     byte = ((amax.view(torch.int32) + carry >> 23) - (exponent - 1)).clamp_(min=0)
     # 2^-127 is a subnormal number of FP32: its exponent byte is 0, as is that of zero.
     bits = torch.where(byte == 0, 1 << 22, byte << 23)
@@ -268,6 +275,19 @@ def _one_level(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
     blocks = _block_view(x, fmt.block if cast.square else 1, fmt.block)
     scales = _divisor(blocks.abs().amax(dim=(1, 3), keepdim=True), fmt.element.max / cast.headroom)
     return blocks * (1.0 / scales), scales, torch.ones((), device=x.device)
+
+
+def _grouped(x: Tensor, cast: Cast) -> tuple[Tensor, Tensor, Tensor]:
+    """E4M3 block scales under an FP32 scale for each group of 1×128: scaled blocks, products of scales, 1."""
+    fmt = cast.block_format
+    m, k = x.shape
+    groups = _block_view(x, 1, fmt.group).reshape(-1, fmt.group)
+    amax = groups.abs().amax(dim=1, keepdim=True)
+    nvfp4 = dataclasses.replace(cast, format="nvfp4", outer="row")
+    scaled, scales, group_scales = _two_level(groups, amax, nvfp4)
+    scales = (scales * group_scales[:, :, None, None]).reshape(m, 1, -1, 1)[:, :, : -(-k // fmt.block)]
+    scaled = scaled.reshape(m, 1, -1, fmt.block)[:, :, : scales.shape[2]]
+    return scaled, scales, torch.ones((), device=x.device)
 
 
 # ---------------------------------------------------------------------------- the cast
@@ -293,7 +313,9 @@ def quantize_rows(x: Tensor, amax: Tensor, seed: Tensor | None, cast: Cast, firs
     """Quantize what `prepare` returned, or some whole blocks of its rows (and their amax, if that is [M, 1])."""
     fmt = cast.block_format
     x = x.float()
-    if fmt.scale == "float32":
+    if fmt.group is not None:
+        scaled, scales, tensor_scale = _grouped(x, cast)
+    elif fmt.scale == "float32":
         scaled, scales, tensor_scale = _one_level(x, cast)
     elif fmt.scale == "e8m0":
         scaled, scales, tensor_scale = _powers_of_two(x, cast)
@@ -317,6 +339,15 @@ def quantize_rows(x: Tensor, amax: Tensor, seed: Tensor | None, cast: Cast, firs
 def quantize_blocks(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> Blocks:
     """Quantize x [M, K] along K (K a multiple of the Hadamard transform's size, if there is one)."""
     return quantize_rows(*prepare(x, cast, generator), cast)
+
+
+def unscaled(x: Tensor, cast: Cast) -> Tensor:
+    """x [M, K] over the scales that a cast without rotation gives it, FP32; 0 under a scale of 0."""
+    blocks = quantize_blocks(x.detach().contiguous(), cast)
+    m, n, c, k = blocks.elements.shape
+    scales = torch.ones((), device=x.device) if blocks.scales is None else blocks.scales
+    scales = _unblock(scales.expand(m, n, c, k), blocks.shape) * blocks.tensor_scale
+    return torch.where(scales == 0, 0.0, x.float() / scales)
 
 
 # ---------------------------------------------------------------------------- the public tensor
@@ -415,8 +446,8 @@ def quantize(x: Tensor, cast: Cast, *, generator: torch.Generator | None = None)
         )
     if fmt.high_precision:
         raise ValueError(f"{cast.format!r} is a plain floating-point type: use x.to({fmt.element.dtype})")
-    multiple = max(cast.hadamard, fmt.block if fmt.element.bits < 8 else 1)
-    rows = fmt.block if cast.square and fmt.element.bits < 8 else 1
+    multiple = max(cast.hadamard, fmt.multiple)
+    rows = fmt.multiple if cast.square else 1
     if x.shape[1] % multiple or x.shape[0] % rows:
         raise ValueError(
             f"{cast} needs [M, K] with M a multiple of {rows} and K of {multiple}; this tensor is "

@@ -201,12 +201,23 @@ def rotate(x: Tensor, size: int) -> Tensor:
     if x.shape[-1] % size:
         raise ValueError(f"a Hadamard transform of size {size} does not divide the last dimension of {tuple(x.shape)}")
     # One block a column, so that each half of a butterfly is contiguous.
-    blocks = x.reshape(-1, size).T.contiguous() * _rht_signs(size, x.device)
-    h = 1
+    blocks = _butterflies(x.reshape(-1, size).T.contiguous() * _rht_signs(size, x.device))
+    return _round_bf16(blocks.mul_(size**-0.5)).T.reshape(x.shape)
+
+
+def rotate_back(x: Tensor, size: int) -> Tensor:
+    """The transpose of `rotate`, and its inverse but for rounding: H first, then the signs. FP32 result."""
+    blocks = _butterflies(x.float().reshape(-1, size).T.contiguous())
+    return (blocks.mul_(size**-0.5) * _rht_signs(size, x.device)).T.reshape(x.shape)
+
+
+def _butterflies(blocks: Tensor) -> Tensor:
+    """Sylvester's H times each column of FP32 [size, n], in place."""
+    size, h = blocks.shape[0], 1
     while h < size:
         a, b = blocks.view(size // (2 * h), 2, h, -1).unbind(1)
         difference = a - b
         a.add_(b)
         b.copy_(difference)
         h *= 2
-    return _round_bf16(blocks.mul_(size**-0.5)).T.reshape(x.shape)
+    return blocks

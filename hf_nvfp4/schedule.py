@@ -9,9 +9,10 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from hf_nvfp4.casts import unknown
 from hf_nvfp4.convert import set_high_precision
+from hf_nvfp4.language import GEMM_CHOICES
 from hf_nvfp4.linear import cast_weights_once, quantized_linears, why_not_once
-from hf_nvfp4.recipes import GEMM_CHOICES, unknown
 
 logger = logging.get_logger(__name__)
 

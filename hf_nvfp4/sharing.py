@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from hf_nvfp4.recipes import Cast
+from hf_nvfp4.casts import Cast
 
 
 class Casts:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_nvfp4.backends.bf16 import exactness, supports
 from hf_nvfp4.backends.operand import Operand, finished, is_plain, plain, transposed
-from hf_nvfp4.recipes import Cast
+from hf_nvfp4.casts import Cast
 from hf_nvfp4.reference import QuantizedTensor, pack, prepare, quantize_rows
 from hf_nvfp4.rounding import draw_seed
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from hf_nvfp4 import evaluation
-from hf_nvfp4.gemm import backend_name
-from hf_nvfp4.recipes import get_recipe
+from hf_nvfp4.gemm import backend_names
+from hf_nvfp4.recipes import get_recipes
 from hf_nvfp4.runlog import describe_device, versions
 from hf_nvfp4.scores import (
     AS_TRAINED,
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     print(headline(args), flush=True)
     try:
         for name in set(args.precision) - {AS_TRAINED}:
-            get_recipe(name)
+            get_recipes(name)
         tasks = evaluation.load_tasks(args.tasks.split(","), args.include_path, args.data_dir)
     except (OSError, ValueError) as error:
         print(f"FAILED {error}")
@@ -114,10 +114,10 @@ def headline(args: argparse.Namespace) -> str:
     for model in args.models:
         try:
             recipe, backend = evaluation.stored_recipe(model) or (None, None)
-            runs = f"recipe {recipe.name}, backend {backend_name(backend, recipe, device)}" if recipe else "plain model"
+            runs = recipe and f"recipe {recipe.name}, backend {backend_names(backend, recipe, device)}"
         except (OSError, ValueError):
             runs = "cannot be loaded"  # why: at the end
-        parts.append(f"{model}: {runs}")
+        parts.append(f"{model}: {runs or 'plain model'}")
     return " · ".join(parts)
 
 

@@ -28,10 +28,10 @@ import hf_nvfp4
 from hf_nvfp4 import packing, runlog
 from hf_nvfp4.convert import set_high_precision, summary
 from hf_nvfp4.data import InputError, load_corpus
-from hf_nvfp4.gemm import backend_name
+from hf_nvfp4.gemm import backend_names
 from hf_nvfp4.integration import QUANT_METHOD
 from hf_nvfp4.linear import quantized_linears
-from hf_nvfp4.options import Arguments, ModelArguments, parse_arguments
+from hf_nvfp4.options import Arguments, ModelArguments, parse_arguments, read_recipe
 from hf_nvfp4.scores import write_json
 from hf_nvfp4.sizes import SIZES
 
@@ -52,6 +52,8 @@ def quantization(model: ModelArguments):
     given = {name: getattr(model, name) for name in ("recipe", "backend", "skip")}
     given |= {name: count_or_fraction(name, getattr(model, name)) for name in ("keep_bf16_first", "keep_bf16_last")}
     given = {name: value for name, value in given.items() if value is not None}
+    if model.recipe and model.recipe.endswith(".json"):
+        given["recipe"] = read_recipe(Path(model.recipe))
     saved = saved_quantization(model)
     if saved and not given:
         return None
@@ -201,7 +203,7 @@ def describe_run(args: Arguments, trainer, timer, packed, final: dict) -> dict:
         "name": training.run_name or Path(training.output_dir).resolve().name,
         "command": shlex.join(["python", *sys.argv]),
         "recipe": config.recipe.name,
-        "backend": backend_name(config.backend, config.recipe, training.device),
+        "backend": backend_names(config.backend, config.recipe, training.device),
         "conversion": summary(model.nvfp4_decisions),
         "decisions": [vars(decision) for decision in model.nvfp4_decisions],
         "precision_schedule": describe_switch(args, trainer.state.max_steps),
@@ -279,7 +281,7 @@ def announce(args: Arguments) -> None:
     with input_errors():
         config = quantization(args.model) or saved_quantization(args.model)
         device = args.training.device
-        backend = backend_name(config.backend, config.recipe, device)
+        backend = backend_names(config.backend, config.recipe, device)
     name = runlog.describe_device(device, 1)["name"]
     args.say(f"device {device} ({name}), backend {backend}, recipe {config.recipe.name}")
     if not args.training.bf16 and not args.training.fp16:

@@ -18,7 +18,7 @@ from hf_nvfp4.ops.spec import Plan, plan
 
 from hf_nvfp4 import Cast, ops, reference
 from hf_nvfp4.backends import kernels
-from hf_nvfp4.recipes import MX_SR_HEADROOM, SR_HEADROOM
+from hf_nvfp4.casts import MX_SR_HEADROOM, SR_HEADROOM
 
 INTERPRETED = not isinstance(cast_kernel, triton.runtime.JITFunction)
 MARKS = [

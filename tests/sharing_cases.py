@@ -22,6 +22,8 @@ DRAWS_X = [
 REDRAWS_X = Recipe("redraws_x", (RN, RN), (RN, RN), (REDRAWN, REDRAWN))  # in backward, once more
 DRAWS_W = Recipe("draws_w", (RN, SR), (RN, SR), (RN, RN))
 REDRAWS_W = Recipe("redraws_w", (REDRAWN, REDRAWN), (REDRAWN, REDRAWN), (RN, RN))
+# The others cast what they make of x and w.
+RECIPES_THAT_SHARE = [recipe for recipe in RECIPES.values() if not recipe.conditions]
 FORWARD_IN_BF16 = RECIPES["nvfp4"].in_bf16("forward")
 T, K = 37, 64
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from hf_nvfp4 import Cast, NVFP4Linear, NVFP4TrainingConfig, Recipe, quantize_model
-from hf_nvfp4.convert import matches, set_high_precision, summary
+from hf_nvfp4.convert import set_high_precision, summary
+from hf_nvfp4.language import matches
 
 
 def kept(model):

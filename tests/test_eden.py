@@ -14,7 +14,7 @@ from hf_nvfp4.backends import BACKENDS
 from hf_nvfp4.eden import LIMITS, _stochastic_fp8_exact, corrected
 from hf_nvfp4.formats import E2M1, E4M3, FP8_EXACT_SIGNIFICANDS
 from hf_nvfp4.gemm import draw_signs, multiply
-from hf_nvfp4.recipes import HIGH_PRECISION, Gemm
+from hf_nvfp4.language import HIGH_PRECISION, Gemm
 from hf_nvfp4.reference import quantize_rows
 from hf_nvfp4.rounding import RHT_SIGNS, draw_seed, flip, random_bytes, rotate, round_to, unpack_nibbles
 

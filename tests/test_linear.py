@@ -7,9 +7,9 @@ from torch import nn
 
 from hf_nvfp4 import RECIPES, Cast, NVFP4Linear, Recipe, quantize, use_recipe
 from hf_nvfp4.backends import BACKENDS, BY_NAME_ONLY, bf16
+from hf_nvfp4.casts import SR_HEADROOM
 from hf_nvfp4.gemm import backend_name
 from hf_nvfp4.linear import quantized_linears
-from hf_nvfp4.recipes import SR_HEADROOM
 from hf_nvfp4.reference import rotate
 
 RN, RN_2D, RN_H = Cast(), Cast(square=True), Cast(hadamard=16)
@@ -100,10 +100,12 @@ def test_backends_agree_where_they_say_they_are_exact(device, recipe):
         # FP8 tensor cores keep about 14 bits of the largest product until a sum goes to FP32 (arXiv 2412.19437, section
         # 3.5.2): 4.5e-4 was seen in short sums, less in long ones; BF16 results are rounded by 1.7e-3.
         exact = BACKENDS[backend].exactness(RECIPES[recipe]).startswith("exact")
-        tolerance = 1e-3 if backend == "fp8" else 3e-7 if exact else 5e-3
+        # Rounded before it is rounded stochastically again, some of a from_forward operand goes the other way.
+        rough = 5e-2 if RECIPES[recipe].from_forward else 5e-3
+        tolerance = 1e-3 if backend == "fp8" else 3e-7 if exact else rough
         for got, expected in zip(result, results["reference"], strict=True):
             assert relative(got, expected) < tolerance, backend
-    assert (bf16.exactness(RECIPES[recipe]) == "exact") == (recipe != "fp8")
+    assert (bf16.exactness(RECIPES[recipe]) == "exact") == (recipe not in ("fp8", "tetrajet2_base"))
 
 
 def test_the_error_of_averaged_weight_gradients_falls_with_the_square_root(device):

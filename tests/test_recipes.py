@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from hf_nvfp4 import RECIPES, Cast, Recipe, register_recipe
+from hf_nvfp4.casts import MX_SR_HEADROOM
 from hf_nvfp4.formats import E2M1, E4M3, E5M2, FORMATS, SCALE_RULES
-from hf_nvfp4.recipes import BY_KEY, HIGH_PRECISION, MX_SR_HEADROOM, get_recipe
+from hf_nvfp4.language import BY_KEY, HIGH_PRECISION
+from hf_nvfp4.recipes import get_recipe
 
 
 def test_element_grids_are_the_published_ones():
@@ -34,7 +36,7 @@ def test_the_default_cast_is_nvfp4_and_the_recipe_is_the_papers():
 def test_recipes_survive_json(name):
     recipe = RECIPES[name]
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
-    assert recipe.source and recipe.describe().count("\n") == 2
+    assert recipe.source and recipe.describe().count("\n") == 2 + recipe.conditions
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_recipes_survive_json(name):
         ({"format": "bf16", "hadamard": 16}, "no scales"),
         ({"scale_rule": "4over5"}, "unknown scale rule.*known: amax, ceil, 4over6, 4over6_mse, best.*'4over6'"),
         ({"scale_rule": "ceil"}, "'nvfp4' has no scale rule 'ceil', only amax, 4over6, .*for mxfp4, mxfp8"),
-        ({"format": "mxfp4", "scale_rule": "best"}, "only amax, ceil; 'best' is for nvfp4"),
+        ({"format": "mxfp4", "scale_rule": "best"}, "only amax, ceil, rms; 'best' is for nvfp4"),
         ({"scale_rule": "4over6", "rounding": "stochastic"}, "biases stochastic rounding"),
         ({"scale_rule": "best", "rounding": "eden"}, "biases MS-EDEN. Use rounding='nearest'"),
         ({"format": "mxfp4", "rounding": "eden"}, "'mxfp4' has none such. It is for nvfp4"),

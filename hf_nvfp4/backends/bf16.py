@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from hf_nvfp4.backends.operand import Operand, cast_where, finished, is_plain, plain, transposed
+from hf_nvfp4.casts import Cast
 from hf_nvfp4.formats import BlockFormat, Element
-from hf_nvfp4.recipes import Cast, Recipe
+from hf_nvfp4.language import Recipe
 from hf_nvfp4.reference import QuantizedTensor, pack, prepare, quantize_rows
 
 if importlib.util.find_spec("triton") is None:

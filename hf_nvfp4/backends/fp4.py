@@ -18,8 +18,9 @@ from torch.nn.functional import ScalingType, SwizzleType
 
 from hf_nvfp4.backends import bf16
 from hf_nvfp4.backends.operand import cast_where, finished, inner_and_outer, transposed
+from hf_nvfp4.casts import Cast
 from hf_nvfp4.formats import E2M1, E4M3
-from hf_nvfp4.recipes import Cast, Recipe
+from hf_nvfp4.language import Recipe
 from hf_nvfp4.reference import Packed, pack, quantize_blocks
 
 CAPABILITIES = ((10, 0), (12, 0))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_nvfp4.backends import bf16, fp4
-from hf_nvfp4.recipes import Recipe
+from hf_nvfp4.language import Recipe
 
 cast = fp4.cast
 

@@ -21,8 +21,9 @@ from torch.nn.functional import ScalingType
 
 from hf_nvfp4.backends import bf16
 from hf_nvfp4.backends.operand import cast_where, finished, inner_and_outer, transposed
+from hf_nvfp4.casts import Cast
 from hf_nvfp4.formats import E2M1, E4M3, E5M2
-from hf_nvfp4.recipes import Cast, Recipe
+from hf_nvfp4.language import Recipe
 from hf_nvfp4.reference import quantize_blocks
 
 CAPABILITY = (8, 9)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hf_nvfp4.backends import bf16, fp8, operand
+from hf_nvfp4.casts import Cast
 from hf_nvfp4.formats import E4M3, E5M2
-from hf_nvfp4.recipes import Cast, Gemm, Recipe
+from hf_nvfp4.language import Gemm, Recipe
 
 
 def supports(recipe: Recipe, device: torch.device) -> str | None:

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from hf_nvfp4 import ops
 from hf_nvfp4.backends.operand import Operand, is_plain, plain, transposed
+from hf_nvfp4.casts import Cast
 from hf_nvfp4.formats import Element
 from hf_nvfp4.ops import CODES, CODES_ACROSS, FP8, NOTHING, VALUES
-from hf_nvfp4.recipes import Cast
 from hf_nvfp4.reference import Packed, QuantizedTensor, draw_seed, quantize_blocks, rotate
 
 
 def knows(cast: Cast) -> bool:
-    """Whether a cast is for this file; "eden" is plain PyTorch's, on a GPU too."""
-    return cast.rounding != "eden"
+    """Whether a cast is for this file; the others are plain PyTorch's, on a GPU too."""
+    return cast.rounding != "eden" and cast.scale_rule != "rms" and cast.format not in ("nvfp4_128", "fp4")
 
 
 def spec(cast: Cast) -> str:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_nvfp4.recipes import Cast
+from hf_nvfp4.casts import Cast
 
 
 @dataclass

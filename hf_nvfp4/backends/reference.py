@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from hf_nvfp4.backends.operand import Operand, is_plain, plain, rounded, transposed
-from hf_nvfp4.recipes import Cast, Recipe
+from hf_nvfp4.casts import Cast
+from hf_nvfp4.language import Recipe
 from hf_nvfp4.reference import QuantizedTensor, pack, quantize_blocks
 
 

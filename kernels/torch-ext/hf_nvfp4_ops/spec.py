@@ -173,7 +173,7 @@ class Plan(NamedTuple):
     value_factor: float = 1.0  # of what output FP8 writes
 
 
-_OTHER_SCALES = {"4over6": (1.5,), "4over6_mse": (1.5,), "best": (-1, 5), "fp8_exact": (1.5,)}
+_OTHER_SCALES = {"4over6": (1.5,), "4over6_mse": (1.5,), "best": (-1, 1, 4, 5, 6), "fp8_exact": (1.5,)}
 # The largest block scale: where another than the amax's may be chosen, there is room above that; and 6 · 64 fits E4M3.
 _SCALE_MAX = {"4over6": 256.0, "4over6_mse": 256.0, "best": 256.0, "fp8_exact": 64.0}
 RULES = {"e4m3": ("amax", *_OTHER_SCALES), "e8m0": ("amax", "ceil")}
