@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from hf_nvfp4 import report, runlog
 from hf_nvfp4.data import InputError
-from hf_nvfp4.gemm import backend_name
+from hf_nvfp4.gemm import backend_names
 from hf_nvfp4.integration import NVFP4TrainingConfig
-from hf_nvfp4.options import Arguments, parse_arguments
+from hf_nvfp4.options import Arguments, parse_arguments, read_recipe
 from hf_nvfp4.processes import Job, Pool, Process, Signals, Slot
 from hf_nvfp4.scores import write_json
 
@@ -136,18 +136,24 @@ def _planned(train: Path, entry: Entry, seed: int, output: Path, options: list[s
         args = parse_arguments(flags, about="")
         if args.data.cache_dir is None and not args.data.streaming:
             flags.append(f"--cache_dir={output / 'cache'}")
-        if args.model.recipe and not args.model.model_name_or_path:
-            config = NVFP4TrainingConfig(recipe=args.model.recipe, backend=args.model.backend or "auto")
-            backend_name(config.backend, config.recipe, args.training.device)
+        if not args.model.model_name_or_path:
+            config = NVFP4TrainingConfig(recipe=_recipe(args), backend=args.model.backend or "auto")
+            backend_names(config.backend, config.recipe, args.training.device)
     except ValueError as error:  # InputError is one
         raise InputError(f"recipe {entry.text!r}: {error}") from error
     command = (sys.executable, str(train), *flags)
     return Planned(entry, seed, folder, command, settings(args), args)
 
 
+def _recipe(args: Arguments) -> str | dict:
+    """A recipe's name, or what its file holds."""
+    name = args.model.recipe
+    return read_recipe(Path(name)) if name.endswith(".json") else name
+
+
 def settings(args: Arguments) -> dict:
     """Every option that a result may depend on, as it reads back from JSON."""
-    found = vars(args.model) | vars(args.data) | args.training.to_dict()
+    found = vars(args.model) | vars(args.data) | args.training.to_dict() | {"recipe": _recipe(args)}
     kept = {name: value for name, value in found.items() if name not in _NO_MATTER}
     return json.loads(json.dumps(kept, default=str))
 

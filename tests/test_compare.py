@@ -245,6 +245,18 @@ def test_other_settings_are_refused_or_overwritten(trainer, capsys):
     assert not trainer.ran  # a result does not depend on these
 
 
+def test_a_recipe_of_ones_own_is_what_its_file_holds(trainer, tmp_path, capsys):
+    own = tmp_path / "own.json"
+    argv = ["--recipes", str(own)]
+    assert trainer.compare(*argv) == 1 and "no such recipe file" in capsys.readouterr().err
+    own.write_text(json.dumps({"mlp": "nvfp4"}))
+    trainer.script.write_text(trainer.script.read_text().replace('flags["recipe"]', '"nvfp4"'))
+    assert trainer.compare(*argv) == 0 and len(trainer.ran) == 1
+    assert trainer.compare(*argv) == 0 and not trainer.ran
+    own.write_text(json.dumps({"mlp": "fp8"}))
+    assert trainer.compare(*argv) == 1 and "recipe {'mlp': 'nvfp4'} (now {'mlp': 'fp8'})" in capsys.readouterr().err
+
+
 def test_a_folder_of_unknown_settings_is_refused(trainer, capsys):
     make_run(trainer.output / "bf16-1")
     assert trainer.compare(*TWO) == 1 and not trainer.ran
