@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -23,9 +24,9 @@ from tqdm import tqdm
 
 from hf_nvfp4 import report, runlog
 from hf_nvfp4.data import InputError
-from hf_nvfp4.gemm import backend_name
+from hf_nvfp4.gemm import backend_names
 from hf_nvfp4.integration import NVFP4TrainingConfig
-from hf_nvfp4.options import Arguments, parse_arguments
+from hf_nvfp4.options import Arguments, parse_arguments, read_recipe
 from hf_nvfp4.processes import Job, Pool, Process, Signals, Slot
 from hf_nvfp4.scores import write_json
 
@@ -89,7 +90,7 @@ def check_options(options: list[str]) -> None:
     if taken := sorted(given & _TAKEN):
         raise InputError(
             f"--{taken[0]} cannot stand after --: compare.py sets it for each run. "
-            "Recipes are given by --recipes, seeds by --seeds, the folder of all by --output."
+            "Recipes are given by --recipes, seeds by --seeds, the folder of all by --output; see --keep_models."
         )
 
 
@@ -135,18 +136,24 @@ def _planned(train: Path, entry: Entry, seed: int, output: Path, options: list[s
         args = parse_arguments(flags, about="")
         if args.data.cache_dir is None and not args.data.streaming:
             flags.append(f"--cache_dir={output / 'cache'}")
-        if args.model.recipe and not args.model.model_name_or_path:
-            config = NVFP4TrainingConfig(recipe=args.model.recipe, backend=args.model.backend or "auto")
-            backend_name(config.backend, config.recipe, args.training.device)
+        if not args.model.model_name_or_path:
+            config = NVFP4TrainingConfig(recipe=_recipe(args), backend=args.model.backend or "auto")
+            backend_names(config.backend, config.recipe, args.training.device)
     except ValueError as error:  # InputError is one
         raise InputError(f"recipe {entry.text!r}: {error}") from error
     command = (sys.executable, str(train), *flags)
     return Planned(entry, seed, folder, command, settings(args), args)
 
 
+def _recipe(args: Arguments) -> str | dict:
+    """A recipe's name, or what its file holds."""
+    name = args.model.recipe
+    return read_recipe(Path(name)) if name.endswith(".json") else name
+
+
 def settings(args: Arguments) -> dict:
     """Every option that a result may depend on, as it reads back from JSON."""
-    found = vars(args.model) | vars(args.data) | args.training.to_dict()
+    found = vars(args.model) | vars(args.data) | args.training.to_dict() | {"recipe": _recipe(args)}
     kept = {name: value for name, value in found.items() if name not in _NO_MATTER}
     return json.loads(json.dumps(kept, default=str))
 
@@ -253,14 +260,17 @@ def speed_note(folders: list[Path]) -> list[str]:
 
 @contextlib.contextmanager
 def alone_in(output: Path) -> Iterator[None]:
-    """Hold the folder of all runs; InputError if another process has it."""
+    """Hold the folder of all runs, and let the runs hold it; InputError if others have it."""
     output.mkdir(parents=True, exist_ok=True)
     with (output / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            text = f"another compare.py is at work in {output}. Wait for it, or give another --output."
-            raise InputError(text) from error
+            raise InputError(
+                f"another compare.py, or a run that it has started, is at work in {output}. Wait for it or stop it "
+                "(fuser names the process that holds .lock there), or give another --output."
+            ) from error
+        os.set_inheritable(lock.fileno(), True)
         yield
 
 
@@ -334,6 +344,7 @@ def run_all(todos: list[Todo], places: list[Slot], signals: Signals, deadline: f
     left = {todo.run.name: todo for todo in todos if todo.state != "finished"}
     outcome, progress = Outcome(), Progress(todos)
     pool = Pool([todo.job() for todo in left.values()], places, before=lambda job: left[job.name].prepare())
+    pool.first_alone = not any(todo.state in ("finished", "cut off") for todo in todos)
     try:
         for todo in todos:
             if todo.state == "finished":

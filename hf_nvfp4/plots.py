@@ -13,6 +13,7 @@ from hf_nvfp4.report import Variant, base_of, gaps, incomparable, spread, title
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers tell the curves apart in print.
 _KNOWN = {"bf16": "#000000", "fp8": "#0072B2", "nvfp4": "#D55E00"}
 _OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MORE = ("#882255", "#999933", "#332288", "#777777")  # Tol's
 _MARKERS = "osD^vPX"
 _DASHES = ("-", "--", ":")
 _ENOUGH_VALIDATIONS = 5
@@ -36,8 +37,11 @@ def comparison_png(comparison: Comparison, inches: tuple[float, float] = (11, 5.
 
 
 def gaps_png(comparison: Comparison, inches_wide: float = 8, dpi: int = 150) -> bytes:
-    """Mean gap of each recipe to the base with its standard error, a dot a seed; the base's own spread in grey."""
-    rows = [row for row in comparison.rows if row.gap]
+    """Mean gap of each recipe to the base with its standard error, a dot a seed; the base's own spread in grey.
+
+    The smallest gap on top.
+    """
+    rows = sorted((row for row in comparison.rows if row.gap), key=lambda row: row.gap.mean)
     figure = Figure(figsize=(inches_wide, 1.8 + 0.45 * max(len(rows), 1)), dpi=dpi, layout="constrained")
     axes = figure.subplots()
     if not rows:
@@ -53,7 +57,7 @@ def gaps_png(comparison: Comparison, inches_wide: float = 8, dpi: int = 150) -> 
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g} %" if x else "0 %"))
     heading = f"Gap in validation loss to {comparison.base_name}: mean ± standard error, a dot a seed"
-    axes.set_title(heading, fontsize=10, loc="left")
+    figure.suptitle(heading, fontsize=10)
     axes.grid(axis="x", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -87,7 +91,9 @@ def _curves_png(variants: list[Variant], compared: list[Variant], base, texts: d
     handles.append(Line2D([], [], color="0.4", marker="o", linestyle="", label="validation"))
     if any(variant.first.record["precision_schedule"] for variant in variants):
         handles.append(Line2D([], [], color="0.4", linestyle=":", label="switch to BF16"))
-    lines = -(-sum(len(handle.get_label()) + 8 for handle in handles) // int(13 * inches[0]))
+    longest = max(len(handle.get_label()) for handle in handles)
+    lines = -(-len(handles) // max(1, int(13 * inches[0] / (longest + 8))))
+    figure.set_size_inches(inches[0], inches[1] + 0.2 * max(0, lines - 2))
     figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // lines), frameon=False)
     return _png(figure)
 
@@ -103,7 +109,8 @@ def _styles(variants: list[Variant]) -> dict[str, tuple[str, str]]:
     taken = [v.label for v in variants if v.label in _KNOWN]
     others = [v.label for v in variants if v.label not in _KNOWN]
     colours = {label: _KNOWN[label] for label in taken}
-    colours |= {label: _OTHERS[i % len(_OTHERS)] for i, label in enumerate(others)}
+    palette = (*_OTHERS, *_MORE)
+    colours |= {label: palette[i % len(palette)] for i, label in enumerate(others)}
     return {v.label: (colours[v.label], _MARKERS[i % len(_MARKERS)]) for i, v in enumerate(variants)}
 
 

@@ -93,6 +93,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 env=slot.environment(),
                 start_new_session=True,
+                close_fds=False,  # what was made inheritable stays open
             )
 
     def status(self) -> int | None:
@@ -140,14 +141,14 @@ class Process:
 class Pool:
     """Runs jobs in order, as many at once as there are slots; stop() ends what still runs.
 
-    before: called with a job just before it starts. The first one runs alone until it draws its progress bar: what
-    it has prepared (token streams), the others find.
+    before: called with a job just before it starts. first_alone: the first one runs alone until it draws its
+    progress bar; what it has prepared (token streams), the others find.
     """
 
     def __init__(self, jobs: list[Job], places: list[Slot], before: Callable[[Job], None] = lambda job: None):
         self._before = before
         self.waiting, self.running, self._free = list(jobs), [], list(places)
-        self._prepared = len(places) == 1
+        self.first_alone = True
 
     def step(self) -> tuple[list[Process], list[Process]]:
         """Start what there is room for. Returns the processes that were started and those that have ended."""
@@ -155,9 +156,9 @@ class Pool:
         for process in ended:
             self.running.remove(process)
             self._free.append(process.slot)
-        self._prepared = self._prepared or bool(ended) or any(process.steps() for process in self.running)
+        self.first_alone = self.first_alone and not ended and not any(process.steps() for process in self.running)
         started = []
-        while self.waiting and self._free and (self._prepared or not self.running):
+        while self.waiting and self._free and not (self.first_alone and self.running):
             self._before(self.waiting[0])
             process = Process(self.waiting.pop(0), self._free.pop(0))
             self.running.append(process)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -365,6 +366,30 @@ def test_resume_is_bit_exact(flags, tmp_path, capsys):
         "checkpoint-5: its trainer_state.json is damaged" in printed
         and f"resuming from {partial}/checkpoint-3" in printed
     )
+
+
+def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on(flags, tmp_path, monkeypatch):
+    """It comes during step 2 of 6; what was asked for by then is what a run without it finds."""
+    whole = run(flags("--no_save_model"))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "checkpoint-3", "checkpoint-6", "run.json", "trainer_state.json",
+    }  # fmt: skip
+    shutil.rmtree(tmp_path / "run")
+    with monkeypatch.context() as patch:
+
+        def kill(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(runlog.SameData, "on_step_begin", kill)
+        with pytest.raises(runlog.Stopped, match="stopped by SIGTERM at step 2 of 6; a checkpoint is saved"):
+            train.main(flags(save_strategy="no"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-2"]
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["RunTimer"]["attributes"]["seconds"] > 0
+    resumed = run(flags("--resume_from_checkpoint", "auto", save_strategy="no"))
+    assert resumed["losses"] == whole["losses"] and resumed["final"] == whole["final"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_resume_refuses_other_data_and_recipes(flags, folder, tmp_path):
