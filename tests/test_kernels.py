@@ -61,7 +61,6 @@ def test_every_output_of_every_cast_equals_the_reference(device, cast):
             cases.compare(x, cast, row_out, cast, col_out, on=on)
 
 
-@pytest.mark.parametrize("outer", ["tensor", "row"])
 @pytest.mark.parametrize("size", [16, 32, 128, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_rotations_are_the_references(device, size, dtype):
@@ -75,6 +74,7 @@ def test_long_rotations_are_the_references(device, size, dtype):
         ops.rotate(x, 24)
 
 
+@pytest.mark.parametrize("outer", ["tensor", "row"])
 @pytest.mark.parametrize("rule", ["amax", "4over6", "4over6_mse", "best", "fp8_exact"])
 def test_block_scales_of_every_size(device, rule, outer):
     """A block for each magnitude between its tensor's largest and zero, so that every E4M3 scale comes up."""
