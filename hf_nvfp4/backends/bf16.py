@@ -90,24 +90,21 @@ def _cast(x: Tensor, cast: Cast, keep: bool) -> Operand | QuantizedTensor:
         return plain(x, cast)
     rotation = {"rotate": kernels.ops.rotate} if _use_kernels(x) else {}
     x, amax, seed = prepare(x.contiguous(), cast, **rotation)
-    rows = _rows_at_once(x)
     keep = keep and not cast.block_format.high_precision
-    parts = []
-    for first in range(0, x.shape[0], rows):
-        part_amax = amax[first : first + rows] if cast.outer == "row" else amax
-        blocks = quantize_rows(x[first : first + rows], part_amax, seed, cast, first)
+
+    def part(x: Tensor, amax: Tensor, first: int = 0) -> Operand | QuantizedTensor:
+        blocks = quantize_rows(x, amax, seed, cast, first)
         if keep:
-            parts.append(pack(blocks, cast))
-        else:
-            parts.append(Operand(blocks.values().to(torch.bfloat16), blocks.tensor_scale, cast))
-    return _concatenate(parts)
+            return pack(blocks, cast)
+        return Operand(blocks.values().to(torch.bfloat16), blocks.tensor_scale, cast)
 
-
-def _rows_at_once(x: Tensor) -> int:
-    """All rows on a GPU and in a compiled graph; on the CPU as many as stay in its cache through all passes."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return x.shape[0]
-    return max(128, 2**19 // x.shape[1] // 128 * 128)
+        return part(x, amax)
+    # As many rows as stay in a CPU's cache through all passes.
+    rows = max(128, 2**19 // x.shape[1] // 128 * 128)
+    starts = range(0, x.shape[0], rows)
+    amaxes = amax.split(rows) if cast.outer == "row" else [amax] * len(starts)
+    return _concatenate([part(*slices) for slices in zip(x.split(rows), amaxes, starts, strict=True)])
 
 
 def _concatenate(parts: list):
