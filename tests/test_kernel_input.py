@@ -55,7 +55,12 @@ def bad_specs():
     yield "blocks of 16 with scale 'none'", {"scale": "none"}
     yield "scale rule 'ceil' with scale 'e4m3'", {"scale_rule": "ceil"}
     yield "scale rule 'best' with scale 'float32'", {"scale_rule": "best", "scale": "float32"}
-    yield "error of rounding to nearest", {"scale_rule": "4over6", "stochastic": True}
+    yield "error of rounding to nearest", {"scale_rule": "4over6", "rounding": "stochastic"}
+    yield "rounding 'up'; the kernels know nearest, stochastic, eden", {"rounding": "up"}
+    yield "error of rounding to nearest", {"scale_rule": "best", "rounding": "eden"}
+    yield "for blocks of 16 of e2m1 under e4m3 scales", {"scale": "e8m0", "block": 32, "rounding": "eden"}
+    yield "without headroom", {"headroom": 1.0625, "rounding": "eden"}
+    yield "square blocks have others", {"square": True, "rounding": "eden"}
     yield "Hadamard transform of 32", {"hadamard": 32}
     yield "headroom=0", {"headroom": 0}
     yield "not the text of a Spec: could not convert", {"headroom": "much"}

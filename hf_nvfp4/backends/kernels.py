@@ -21,7 +21,7 @@ from hf_nvfp4.reference import Packed, QuantizedTensor, draw_seed, quantize_bloc
 
 def knows(cast: Cast) -> bool:
     """Whether a cast is for this file; the others are plain PyTorch's, on a GPU too."""
-    return cast.rounding != "eden" and cast.scale_rule != "rms" and cast.format not in ("nvfp4_128", "fp4")
+    return cast.scale_rule != "rms" and cast.format not in ("nvfp4_128", "fp4")
 
 
 def spec(cast: Cast) -> str:
@@ -37,7 +37,7 @@ def _text(cast: Cast) -> str:
         fmt.block or 0,
         fmt.scale.name if isinstance(fmt.scale, Element) else fmt.scale or "none",
         cast.square,
-        cast.rounding == "stochastic",
+        cast.rounding,
         cast.hadamard,
         cast.headroom,
         cast.outer == "row",
@@ -86,7 +86,7 @@ def quantize(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_ou
     """
     if largest is None:
         largest = amax(x, row, col)
-    seeds = [draw_seed(x.device) if c is not None and c.rounding == "stochastic" else None for c in (row, col)]
+    seeds = [draw_seed(x.device) if c is not None and c.rounding != "nearest" else None for c in (row, col)]
     texts = [None if c is None else spec(c) for c in (row, col)]
     out = ops.cast(x, largest, *seeds, texts[0], row_out, texts[1], col_out)
     split = _written(row, row_out)

@@ -204,7 +204,7 @@ def cast(
         x: FP32, BF16 or FP16, K a multiple of 16.
         amax: FP32 [2], as the operator `amax` gives them, or the first alone if col has a `bound` or no need of one;
             FP32 [M] if `row` has per-row scales.
-        row_seed, col_seed: int32 [2] for stochastic rounding.
+        row_seed, col_seed: int32 [2] for roundings that draw.
         row, col: text of a Spec, or None.
         row_out, col_out: 0 nothing, 1 BF16 values (code × block scale), 2 packed codes and scales, 3 the same with
             the scales padded and swizzled for tensor cores, 4 the same block after block, 5 E4M3 bytes of code ×
@@ -226,8 +226,8 @@ def cast(
     one = amax.shape == (1,) and col_plan.amax_at == 0
     _check_like("amax", amax, x, torch.float32, (m,) if row_plan.per_row else (1,) if one else (2,))
     for name, p, seed in (("row_seed", row_plan, row_seed), ("col_seed", col_plan, col_seed)):
-        if p.stochastic and seed is None:
-            raise ValueError(f"{name}: stochastic rounding needs a seed, int32 [2]")
+        if (p.stochastic or p.eden) and seed is None:
+            raise ValueError(f"{name}: rounding that draws needs a seed, int32 [2]")
         if seed is not None:
             _check_like(name, seed, x, torch.int32, (2,))
     row_outputs = _outputs(x, m, k, row_plan, row_out, False)
