@@ -84,6 +84,15 @@ def test_bad_input_is_refused_in_words_before_any_launch(device, launches):
     for size in (-2, 1, 3, 32):
         with pytest.raises(ValueError, match=f"col_hadamard={size}"):
             ops.amax(x, True, size)
+    for message, arguments in (
+        ("rotate: size 64 for K=32; it takes powers of two up to 8192", (x[:, :32], 64)),
+        ("rotate: size 512 transposed; it takes powers of two up to 256", (x, 512, None, True)),
+        ("seed must be contiguous torch.int32", (x, 32, cases.random_seed(device).long())),
+        ("seed is on meta", (x, 32, cases.random_seed(device).to("meta"), True)),
+        ("K a multiple of 16", (x[:, :40], 8)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.rotate.__wrapped__(*arguments)
     codes, scales = (torch.zeros(4, n, dtype=torch.uint8, device=device) for n in (32, 4))
     for message, arguments in (
         (r"codes must be uint8 \[M, K / 16 · 8\], not .* \[4, 4\]", (codes[:, :4], scales, text, False)),

@@ -81,6 +81,8 @@ def calls(device):
     yield "cast", (x, two, None, None, fp8[1], VALUES, fp8[0], CODES_ACROSS)
     yield "cast", (x, x.abs().amax(1), None, None, per_row, CODES, None, NOTHING)
     yield "cast", (empty, two, None, seed, text[Cast()], CODES, text[SR_H], VALUES)
+    yield "rotate", (x, 32, seed, False)
+    yield "rotate", (x[:, :40], 32, None, True)
     for cast in (Cast(), Cast("fp8_e4m3_block"), Cast("fp8_e5m2")):
         for out in (CODES, CODES_ACROSS):
             written = ops.cast(x, two, None, None, text[cast], out, None, NOTHING)
@@ -348,7 +350,8 @@ def test_recipes_of_ms_eden_leave_no_cast_to_pytorch(monkeypatch, device, on_ker
     layer = NVFP4Linear(128, 256, recipe=recipe, backend="bf16", device=device)
     run(layer, torch.randn(37, 128, device=device), torch.randn(37, 256, device=device))
     again = 2 * layer.recipe.from_forward  # x and w as the forward cast them
-    assert Counter(launches) == {"cast_kernel": 6 + again, "amax_kernel": 6 + again, "rotate_kernel": 4}
+    rotations = {"rotate_kernel": 1, "rotate_transposed_kernel": 3}  # dy; w, dy and x
+    assert Counter(launches) == {"cast_kernel": 6 + again, "amax_kernel": 6 + again, **rotations}
 
 
 # ---------------------------------------------------------------------------- the GEMM

@@ -12,9 +12,10 @@ from test_reference import near_ties
 
 from hf_nvfp4 import Cast, NVFP4Linear
 from hf_nvfp4.backends import bf16
+from hf_nvfp4.backends.operand import transposed
 from hf_nvfp4.eden import LIMITS, _stochastic_fp8_exact
 from hf_nvfp4.formats import E4M3
-from hf_nvfp4.rounding import decode, random_bytes, rotate, round_to
+from hf_nvfp4.rounding import decode, flip, random_bytes, rotate, round_to
 
 cases = pytest.importorskip("kernel_cases", reason="the kernels need Triton")
 ops, kernels = cases.ops, cases.kernels
@@ -73,6 +74,24 @@ def test_long_rotations_are_the_references(device, size, dtype):
     assert ops.rotate(x, size).isnan().sum() == size
     with pytest.raises(ValueError, match="rotate: size 24 for K=1024"):
         ops.rotate(x, 24)
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 128, 256])
+def test_rotations_with_drawn_signs_and_of_the_transpose_are_the_references(device, size):
+    """What is flipped, transposed, padded and rotated apart: to the bit, signs of zeros too, in any layout."""
+    seed = cases.random_seed(device)
+    for (m, k), layout in zip(((300, 112), (37, 256), (256, 96)), list(cases.LAYOUTS)[:3], strict=True):
+        x = cases.assorted(m, k, torch.float32 if k == 112 else torch.bfloat16)
+        x[5, 7] = float("nan")
+        x = cases.LAYOUTS[layout](x.to(device))
+        for signs in (None, seed):
+            across, along = (x, x) if signs is None else (flip(x, signs, size, dim) for dim in (0, 1))
+            across = transposed(across, Cast(hadamard=size)).contiguous()
+            with cases.poisoned():
+                cases.assert_same(ops.rotate(x, size, signs, True), rotate(across, size), f"{m}×{k} transposed")
+                if k % size == 0:
+                    cases.assert_same(ops.rotate(x, size, signs), rotate(along, size), f"{m}×{k}")
+    assert ops.rotate(x[:0], size, seed, True).shape == (96, 0)
 
 
 @pytest.mark.parametrize("outer", ["tensor", "row"])

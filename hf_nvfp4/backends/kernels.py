@@ -93,14 +93,17 @@ def quantize(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_ou
     return [*_three(out[:split], row), *_three(out[split:], col)]
 
 
-def quantize_rows(x: Tensor, cast: Cast, how: int) -> list[Tensor | None]:
-    """`quantize` of one orientation: x along its last dimension, rotated on its own."""
+def quantize_rows(x: Tensor, cast: Cast, how: int, across: bool = False) -> list[Tensor | None]:
+    """`quantize` of one orientation: x along its last dimension, or xᵀ if `across`, rotated on its own."""
     largest = None
     if cast.outer == "bound":
         largest = x.abs().amax().float().reshape(1) * cast.hadamard**0.5
         cast = dataclasses.replace(cast, outer="tensor")
+    if across and not 0 < cast.hadamard <= ops.LARGEST_TRANSPOSED:
+        x, across = transposed(x, cast), False
     if cast.hadamard:
-        x, cast = ops.rotate(x, cast.hadamard), dataclasses.replace(cast, hadamard=0, signs="fixed")
+        x = ops.rotate(x, cast.hadamard, None, across)
+        cast = dataclasses.replace(cast, hadamard=0, signs="fixed")
     return quantize(x.contiguous(), cast, how, None, NOTHING, largest)[:3]
 
 
@@ -114,7 +117,7 @@ def quantize_both(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, c
         return rows, quantize_both(x, None, NOTHING, col, col_out)[1]
     if col is not None and (col.hadamard > 16 or col.outer == "row"):
         rows = quantize_both(x, row, row_out, None, NOTHING)[0]
-        return rows, quantize_rows(transposed(x, col), col, col_out)
+        return rows, quantize_rows(x, col, col_out, True)
     if row is None and col is None:
         return None, None
     out = quantize(x, row, row_out, col, col_out)
@@ -161,14 +164,15 @@ def _same_both_ways(cast: Cast) -> bool:
     return cast.square and cast.rounding == "nearest"
 
 
-def _alone(x: Tensor, cast: Cast, keep: bool = False) -> Operand | QuantizedTensor:
-    """x along its last dimension, with what the kernels leave to PyTorch done first."""
-    if is_plain(cast):
-        return plain(x, cast)
+def _alone(x: Tensor, cast: Cast, keep: bool = False, across: bool = False) -> Operand | QuantizedTensor:
+    """x along its last dimension, or xᵀ if `across`, with what the kernels leave to PyTorch done first."""
     if cast.block_format.high_precision:
+        x = transposed(x, cast) if across else x
+        if is_plain(cast):
+            return plain(x, cast)
         blocks = quantize_blocks(x, cast)
         return Operand(blocks.values().to(cast.block_format.element.dtype), blocks.tensor_scale, cast)
-    out = quantize_rows(x, cast, CODES if keep else VALUES)
+    out = quantize_rows(x, cast, CODES if keep else VALUES, across)
     return packed(*out, cast) if keep else Operand(out[0], out[2], cast)
 
 
@@ -176,7 +180,7 @@ def _alone_transposed(x: Tensor, cast: Cast, keep: bool) -> Operand | QuantizedT
     if _same_both_ways(cast) and not keep:
         square = _alone(transposed(x, cast).T, cast)
         return Operand(square.values.T, square.scale, cast)
-    return _alone(transposed(x, cast), cast, keep)
+    return _alone(x, cast, keep, True)
 
 
 def packed(codes: Tensor, scales: Tensor, tensor_scale: Tensor, cast: Cast) -> QuantizedTensor:

@@ -6,7 +6,7 @@ from .cast import amax_kernel, cast_kernel
 from .conversion import NONE, STOCHASTIC, TO_NEAREST
 from .dequantize import dequantize_kernel, factors_kernel
 from .launch import OPTIONS, tile_for, tile_for_values
-from .rotate import NUM_WARPS, constants, rotate_kernel
+from .rotate import NUM_WARPS, NUM_WARPS_TRANSPOSED, constants, rotate_kernel, rotate_transposed_kernel
 from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Plan, Spec, plan
 from .variants import Variant
 
@@ -108,14 +108,21 @@ def _dequantize(name: str, spec: Spec, across: bool) -> Variant:
     return Variant(f"dequantize_{name}", dequantize_kernel, types, constexprs, options, ("M", "K"))
 
 
-def _rotate(size: int) -> Variant:
-    types = {"x_ptr": "*bf16", "out_ptr": "*bf16", "blocks": "i32"}
-    options = {"num_warps": NUM_WARPS, **OPTIONS}
-    return Variant(f"rotate_{size}", rotate_kernel, types, constants(size), options, ("blocks",))
+def _rotate(size: int, drawn: bool = False, transposed: bool = False) -> Variant:
+    kernel = rotate_transposed_kernel if transposed else rotate_kernel
+    integers = ("M", "K", "stride", "M_PADDED") if transposed else ("blocks",)
+    types = {"x_ptr": "*bf16", "out_ptr": "*bf16"} | {name: "i32" for name in integers}
+    constexprs = constants(size, drawn, transposed) | ({} if drawn else {"seed_ptr": None})
+    types |= {"seed_ptr": "*i32"} if drawn else {}
+    options = {"num_warps": NUM_WARPS_TRANSPOSED if transposed else NUM_WARPS, **OPTIONS}
+    name = f"rotate_{size}" + "_transposed" * transposed + "_drawn" * drawn
+    return Variant(name, kernel, types, constexprs, options, integers)
 
 
 VARIANTS = [
     *map(_rotate, (32, 128, 4096)),
+    _rotate(128, drawn=True),
+    *(_rotate(size, drawn, transposed=True) for size in (32, 128, 256) for drawn in (False, True)),
     _amax("tensor", 0),
     _amax("both", 16),
     *(_cast(name, *arguments) for name, arguments in _CASTS.items()),
