@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from hf_nvfp4 import RECIPES, Cast, NVFP4Linear, Recipe
 from hf_nvfp4.backends import bf16
 from hf_nvfp4.backends.operand import Operand
+from hf_nvfp4.rounding import flip
 from hf_nvfp4.timing import saved_bytes
 
 cases = pytest.importorskip("kernel_cases", reason="the kernels need Triton")
@@ -279,13 +280,13 @@ PAIRS = [
 ]
 
 
-def assert_same_operands(monkeypatch, device, x, row, col, keep_col):
+def assert_same_operands(monkeypatch, device, x, row, col, keep_col, signs=None):
     """With kernels and without: equal values, scales and draws; and an operand is what its tensors say."""
     both = []
     for devices in (set(), {device.type}):
         monkeypatch.setattr(bf16, "KERNEL_DEVICES", devices)
         torch.manual_seed(11)
-        both.append([None if a is None else (a, bf16._unpacked(a)) for a in bf16.cast(x, row, col, keep_col)])
+        both.append([None if a is None else (a, bf16._unpacked(a)) for a in bf16.cast(x, row, col, keep_col, signs)])
     for cast, plain, ours in zip((row, col), *both, strict=True):
         assert (cast is None) == (ours is None) == (plain is None)
         if cast is None:
@@ -327,6 +328,26 @@ def test_a_layers_operands_are_the_same_with_kernels_and_without(monkeypatch, de
 @pytest.mark.parametrize(("row", "col"), PAIRS, ids=str)
 def test_other_operands_are_the_same_with_kernels_and_without(monkeypatch, device, row, col, keep_col):
     assert_same_operands(monkeypatch, device, torch.randn(37, 128, device=device), row, col, keep_col)
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        Cast(rounding="eden", hadamard=128, signs="random"),
+        Cast(hadamard=16, signs="random", rounding="stochastic", outer="bound"),
+        Cast("mxfp4", hadamard=512, signs="random"),
+        Cast("nvfp4_128", hadamard=32, signs="random"),
+    ],
+    ids=str,
+)
+def test_operands_with_drawn_signs_are_the_same_with_kernels_and_without(monkeypatch, device, cast):
+    """And are those of a tensor that was flipped first."""
+    x, signs = torch.randn(37, max(128, cast.hadamard), device=device).bfloat16(), cases.random_seed(device)
+    for part, row, col, dim in ((x, cast, None, 1), (x[:, :32], None, cast, 0)):
+        drawn = assert_same_operands(monkeypatch, device, part, row, col, dim == 0, signs)[dim == 0]
+        torch.manual_seed(11)
+        plain = bf16.cast(flip(part, signs, cast.hadamard, dim), row, col, dim == 0)[dim == 0]
+        assert bf16._unpacked(drawn).values.equal(bf16._unpacked(plain).values)
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
