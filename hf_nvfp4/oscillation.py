@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from hf_nvfp4.language import Recipe
 from hf_nvfp4.linear import NVFP4Linear, quantized_linears
 from hf_nvfp4.reference import quantize_blocks
 from hf_nvfp4.sharing import can_keep
@@ -25,7 +26,8 @@ class OsciReset(TrainerCallback):
 
     Costs four FP32 tensors a weight and a cast a step, in a window only. Windows follow from the number of the step
     alone, but what was seen in one is not in checkpoints: training that is resumed in a window skips it.
-    Weights sharded by FSDP2 are gathered one at a time to be cast.
+    Under DDP all ranks have the same weights and reset the same ones; weights sharded by FSDP2 are gathered one at a
+    time to be cast. `PrecisionSchedule` ends what is watched: give it a smaller `last`, by a window at least.
 
     Args:
         period: optimizer steps from the beginning of a window to that of the next.
@@ -95,8 +97,8 @@ class OsciReset(TrainerCallback):
         windows, step = self.windows(state.max_steps), state.global_step
         if state.is_world_process_zero:
             logger.warning(
-                f"OsciReset: watches {self.watch} steps, {len(windows)} times, from steps "
-                f"{', '.join(map(str, windows))} of {state.max_steps}"
+                f"OsciReset: watches {self.watch} steps from step {windows[0]} of {state.max_steps}, "
+                f"every {self.period}, {len(windows)} windows in all"
             )
             for begin in windows:
                 if begin < step < begin + self.watch:
@@ -178,7 +180,7 @@ class Travel:
         return weight.to(torch.float32, copy=True), _laid_out_as(weight, quantized)
 
 
-def _quantizes(recipe) -> bool:
+def _quantizes(recipe: Recipe) -> bool:
     """Whether the forward quantizes w."""
     return not recipe.fprop.b.block_format.high_precision
 
