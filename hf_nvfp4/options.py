@@ -51,6 +51,13 @@ class ModelArguments:
     switch_gemms: str = field(
         default="all", metadata={"choices": ["all", "forward"], "help": "The GEMMs that --switch_last switches."}
     )
+    osci_reset: bool = field(
+        default=False,
+        metadata={
+            "help": "In the last fifth of training, put weights that jump between two quantized values at the centre "
+            "of one (OsciReset of TetraJet-v2)."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train anew where a run has been; its checkpoints are deleted."}
     )

@@ -147,7 +147,7 @@ def resolve_steps(training: TrainingArguments, train) -> None:
 
 
 def lay_out_schedule(args: Arguments) -> list:
-    """The precision switch asked for, as a list of callbacks, and a decay that begins just after it.
+    """The precision switch and the resets asked for, as callbacks, and a decay that begins just after the switch.
 
     That is 1% of training after the switch, or, without a switch, a fifth before the end. What
     lr_scheduler_kwargs says comes first.
@@ -158,15 +158,16 @@ def lay_out_schedule(args: Arguments) -> list:
     if decays and not training.lr_scheduler_kwargs:
         begin = switch.switch_step(steps) + math.ceil(0.01 * steps) if switch else math.floor(0.8 * steps)
         training.lr_scheduler_kwargs = {"num_decay_steps": max(1, steps - begin)}
+    resets = [hf_nvfp4.OsciReset()] if model.osci_reset else []
     if not switch:
-        return []
+        return resets
     line = f"precision: {model.switch_gemms} GEMMs in BF16 from step {switch.switch_step(steps)} of {steps}"
     if decays:
         line += f", learning rate decays from step {steps - training.lr_scheduler_kwargs.get('num_decay_steps', 0)}"
     else:
         line += f"; meant for --lr_scheduler_type warmup_stable_decay, this is {training.lr_scheduler_type.value}"
     args.say(line)
-    return [switch]
+    return [switch, *resets]
 
 
 def final_losses(trainer, about: dict) -> dict:
@@ -245,6 +246,7 @@ def describe_training(args: Arguments, steps: int) -> dict:
         "autocast": "bfloat16" if training.bf16 else "float16" if training.fp16 else None,
         "master_weights": "float32",
         "torch_compile": training.torch_compile,
+        **({"osci_reset": hf_nvfp4.OsciReset().settings} if args.model.osci_reset else {}),
     }
 
 
@@ -321,6 +323,11 @@ def build_trainer(
     timer = runlog.RunTimer()
     watch = [*first, timer, runlog.SameData(packed.about["fingerprint"]), hf_nvfp4.StopOnNonFinite()]
     resolve_steps(args.training, packed.train)
+    schedule = lay_out_schedule(args)
+    with input_errors():
+        for callback in schedule:
+            if isinstance(callback, hf_nvfp4.OsciReset):
+                callback.check(network, args.training.max_steps)
     trainer = runlog.SafeTrainer(
         network,
         args.training,
@@ -328,7 +335,7 @@ def build_trainer(
         train_dataset=packed.train,
         eval_dataset=packed.validation,
         processing_class=tokenizer,
-        callbacks=[*watch, *lay_out_schedule(args)],
+        callbacks=[*watch, *schedule],
     )
     return trainer, timer
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hf_nvfp4
 from hf_nvfp4 import packing, runlog
 from hf_nvfp4.data import InputError, load_corpus
 from hf_nvfp4.options import parse_arguments
@@ -453,6 +454,15 @@ def test_late_switch(flags, capsys):
     assert final["validation_loss"] == final["validation_loss_bf16"]
 
 
+def test_resets_of_oscillating_weights(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_nvfp4.OsciReset.__init__, "__defaults__", (3, 2, 1.5, 0.5))  # at 200 and 50, a minute
+    result = run(flags("--osci_reset=true"))  # as compare.py passes it
+    assert result["training"]["osci_reset"] == {"period": 3, "watch": 2, "ratio": 1.5, "last": 0.5}
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    (entry,) = [entry for entry in state["log_history"] if "weights_reset" in entry]
+    assert entry["step"] == 5 and 0 < entry["weights_reset"] < entry["weights_watched"]
+
+
 def schedule(*argv: str, steps: int = 1000):
     args = parse("--max_steps", str(steps), *argv)
     return train.lay_out_schedule(args), args.training.lr_scheduler_kwargs
@@ -469,6 +479,8 @@ def test_schedule_layout(capsys):
     schedule("--switch_last", "0.18")
     assert "meant for --lr_scheduler_type warmup_stable_decay, this is cosine" in capsys.readouterr().out
     assert schedule(*wsd, steps=2)[1] == {"num_decay_steps": 1}
+    switch, resets = schedule(*wsd, "--osci_reset")[0]
+    assert isinstance(resets, hf_nvfp4.OsciReset) and [type(c) for c in schedule("--osci_reset")[0]] == [type(resets)]
 
 
 def test_epochs_become_steps():
@@ -531,6 +543,8 @@ def test_a_nan_in_the_weights_stops_training(flags, tmp_path):
         (["--vocabulary_size", "400"], "the tokenizer has 400 tokens, the model's embedding only 320 rows"),
         (["--sequence_length", "100000"], "text is shorter than one sequence"),
         (["--config_name", "no/such/model"], "no/such/model"),
+        (["--osci_reset"], "watches 50 steps, and the last 0.2 of 6 are 1"),
+        (["--osci_reset", "--recipe", "halo1", "--max_steps", "999"], "'halo1' of .* rotates w before its cast"),
         (["--switch_last", "1.5"], "--switch_last 1.5: give a fraction"),
     ],
 )
