@@ -29,6 +29,7 @@ _EXPORTS = {
     "CastWeightsOnce": "schedule",
     "PrecisionSchedule": "schedule",
     "StopOnNonFinite": "schedule",
+    "QuantizationStats": "stats",
 }
 __all__ = sorted(_EXPORTS)
 
