@@ -7,6 +7,8 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.distributed.fsdp
+from torch import distributed as dist
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -287,6 +289,26 @@ def test_nothing_is_left_behind(build, device):
     model.model.layers[0].requires_grad_(False)
     frozen = stats.measure(model, batch, device, None)["model.layers.0.mlp.up_proj"]
     assert list(frozen["operands"]) == ["fprop x", "fprop w", "dgrad dy", "dgrad w"]
+
+
+def test_sharded_weights_are_gathered(build, tmp_path):
+    tokens = torch.randint(250, (2, 20))
+    batch, cpu = {"input_ids": tokens, "labels": tokens}, torch.device("cpu")
+    whole = stats.measure(build("nvfp4").train(), batch, cpu, torch.bfloat16)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model, mesh = build("nvfp4").train(), dist.device_mesh.init_device_mesh("cpu", (1,))
+        for module in (*model.model.layers, model):
+            dist.fsdp.fully_shard(module, mesh=mesh)
+        sharded = stats.measure(model, batch, cpu, torch.bfloat16)
+        assert list(sharded) == list(whole)
+        for name, layer in sharded.items():  # ranks draw other numbers; what is rounded to nearest is the same
+            assert layer["operands"]["fprop w"] == whole[name]["operands"]["fprop w"]
+            assert layer["noise_ratio"] > 1
+        model(**batch).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_probe_is_cut_and_leaves_random_data_and_streams_alone(build, trainer, tmp_path):
