@@ -32,6 +32,7 @@ _EXPORTS = {
     "OsciReset": "oscillation",
     "PrecisionSchedule": "schedule",
     "StopOnNonFinite": "schedule",
+    "QuantizationStats": "stats",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -20,8 +20,16 @@ _METRIC_TYPES = {"acc": "accuracy", "acc_norm": "accuracy", "exact_match": "exac
 _NAMES_SHOWN = 40
 
 
-def model_card(variants: list[Variant], template: Path, plot: str, language: list[str], license: str) -> ModelCard:
-    """The card of all variants together. plot: the figure's path from where the card will stand."""
+def model_card(
+    variants: list[Variant],
+    template: Path,
+    plot: str,
+    language: list[str],
+    license: str,
+    stats: dict[str, str] | None = None,
+) -> ModelCard:
+    """The card of all variants together. plot: the figure's path from where the card will stand; stats: those of runs
+    that measured what quantization does, by name."""
     data = card_data(variants, language, license)
     return ModelCard.from_template(
         data,
@@ -34,6 +42,7 @@ def model_card(variants: list[Variant], template: Path, plot: str, language: lis
             (taken(precision), report.score_tables(variants, precision)) for precision in report.precisions(variants)
         ],
         plot=plot,
+        stats=stats or {},
         origin=variants[0].first.record["model"].get("from_checkpoint"),
         source=variants[0].first.get("data.source"),
         settings=settings_table(variants),

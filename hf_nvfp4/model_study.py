@@ -4,26 +4,18 @@ Knows models, text and recipes; knows nothing of how casts are measured, of tabl
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from hf_nvfp4.captured import Captured, watch
 from hf_nvfp4.data import InputError, embedded_corpus, find_files, read_files
 from hf_nvfp4.integration import NVFP4TrainingConfig, quantize_model
 from hf_nvfp4.language import Recipe
 from hf_nvfp4.linear import NVFP4Linear, quantized_linears, use_recipe
 from hf_nvfp4.packing import load_tokenizer, tokenize
-
-# Tokens are padded with zeros to a multiple of this, so that any rotation along them fits.
-_TOKEN_MULTIPLE = 128
-# The six operands of the three GEMMs.
-OPERANDS = ("fprop x", "fprop w", "dgrad dy", "dgrad w", "wgrad dy", "wgrad x")
-
 
 # ---- Model and text ------------------------------------------------------------------------------------
 
@@ -77,21 +69,6 @@ def longest(model: nn.Module, wanted: int) -> int:
 # ---- Captured tensors ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Captured:
-    """One linear's tensors of a forward and backward: x [T, K], w [N, K], dy [T, N], FP32."""
-
-    x: Tensor
-    w: Tensor
-    dy: Tensor
-
-    def operands(self) -> dict[str, Tensor]:
-        """Each of `OPERANDS` as its cast sees it, the contraction dimension last, tokens padded with zeros."""
-        x, dy = (F.pad(t, (0, 0, 0, -len(t) % _TOKEN_MULTIPLE)) for t in (self.x, self.dy))
-        w_col, dy_col, x_col = (t.T.contiguous() for t in (self.w, dy, x))
-        return dict(zip(OPERANDS, (x, self.w, dy, w_col, dy_col, x_col), strict=True))
-
-
 def evenly(names: list[str], count: int) -> list[str]:
     """At most `count` of the names, the first and the last among them, evenly spaced."""
     if count >= len(names):
@@ -99,42 +76,23 @@ def evenly(names: list[str], count: int) -> list[str]:
     return [names[round(i * (len(names) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
-@contextmanager
-def _captured(linears: dict[str, NVFP4Linear]):
-    """Fills the dict it gives with {name: {"x": …, "dy": …}} of the forwards and backwards inside the block."""
-    found = {name: {} for name in linears}
-
-    def hook(name):
-        def keep(module, inputs, y):
-            found[name]["x"] = inputs[0].detach().reshape(-1, module.in_features).float()
-            y.register_hook(lambda dy: found[name].update(dy=dy.reshape(-1, module.out_features).float()))
-
-        return keep
-
-    handles = [linear.register_forward_hook(hook(name)) for name, linear in linears.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def capture(model: nn.Module, tokens: Tensor, count: int) -> dict[str, Captured]:
     """Tensors of `count` of the model's converted linears, evenly spaced, in a training step of recipe bf16.
 
     tokens: int64 [sequences, length].
     """
-    linears = quantized_linears(model)
+    linears, found = quantized_linears(model), {}
     linears = {name: linears[name] for name in evenly(list(linears), count)}
-    with use_recipe(model, "bf16"), _captured(linears) as found:
+
+    def keep(name: str, x: Tensor, dy: Tensor) -> None:
+        # A linear that this batch did not reach (an expert, say) has no tensors, or no gradient.
+        if dy.any():
+            found[name] = Captured(x.detach().float(), linears[name].weight.detach().float(), dy.float())
+
+    with use_recipe(model, "bf16"), watch(linears, keep):
         _backward(model, tokens)
     model.zero_grad(set_to_none=True)
-    # A linear that this batch did not reach (an expert, say) has no tensors, or no gradient.
-    reached = {name: tensors for name, tensors in found.items() if len(tensors) == 2 and tensors["dy"].any()}
-    return {
-        name: Captured(tensors["x"], linears[name].weight.detach().float(), tensors["dy"])
-        for name, tensors in reached.items()
-    }
+    return {name: found[name] for name in linears if name in found}
 
 
 # ---- Gradients -----------------------------------------------------------------------------------------

@@ -58,6 +58,13 @@ class ModelArguments:
             "of one (OsciReset of TetraJet-v2)."
         },
     )
+    quantization_stats: int | None = field(
+        default=None,
+        metadata={
+            "help": "Measure every so many steps what quantization does to each layer (SNR, underflow, noise of its "
+            "gradient): quantization_stats.jsonl, and into the logs. 500 costs little (default: never)."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train anew where a run has been; its checkpoints are deleted."}
     )
@@ -109,6 +116,8 @@ def parse_arguments(argv: list[str], about: str) -> Arguments:
     last = args.model.switch_last
     if last is not None and not 0 < last <= 1:
         raise InputError(f"--switch_last {last}: give a fraction of the training, above 0 and up to 1, as 0.18.")
+    if args.model.quantization_stats is not None and args.model.quantization_stats < 1:
+        raise InputError(f"--quantization_stats {args.model.quantization_stats}: give a number of steps, 1 or more.")
     if args.data.streaming and args.training.max_steps <= 0:
         raise InputError("--streaming cannot know how long the data is: give --max_steps.")
     return args

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from hf_nvfp4.gaps import Comparison, Gap, gap_text
-from hf_nvfp4.report import Variant, base_of, gaps, incomparable, spread, title
+from hf_nvfp4.report import NOISE_THRESHOLD, Variant, base_of, gaps, incomparable, spread, title
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers tell the curves apart in print.
 _KNOWN = {"bf16": "#000000", "fp8": "#0072B2", "nvfp4": "#D55E00"}
@@ -228,6 +228,50 @@ def _finish(axes, heading: str) -> None:
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+# ---- Quantization in training ----------------------------------------------------------------------------
+
+
+def quantization_stats_png(rows: list[dict], heading: str, inches=(13, 4.4), dpi: int = 150) -> bytes:
+    """SNR and underflow of each operand, and noise ratios, over steps: medians over layers, 10% to 90% as a band.
+
+    rows: as `report.read_stats` returns them.
+    """
+    figure = Figure(figsize=inches, dpi=dpi, layout="constrained")
+    snr, ratio, underflow = figure.subplots(1, 3)
+    names = list(dict.fromkeys(name for row in rows for name in row["operands"]))
+    for place, name in enumerate(names):
+        style = _style_of(place + 1) | {"markersize": 3, "linewidth": 1.2}
+        for axes, kind in ((snr, "snr_db"), (underflow, "underflow")):
+            found = [(row["step"], row["operands"][name][kind]) for row in rows if name in row["operands"]]
+            _draw_layers(axes, found, style | ({"label": name} if axes is snr else {}))
+    _draw_layers(ratio, [(row["step"], row["noise_ratio"]) for row in rows], {"color": "black", "linewidth": 1.4})
+    ratio.axhline(NOISE_THRESHOLD, color=_KNOWN["nvfp4"], linestyle="--", linewidth=1.2)
+    ratio.annotate("√3", (0, NOISE_THRESHOLD), (4, 3), ("axes fraction", "data"), "offset points", fontsize=9)
+    ratio.set_yscale("log")
+    ratio.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ratio.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    underflow.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+    titles = ("SNR, dB", "Weight gradient over its quantization noise", "Underflow: share that becomes zero")
+    for axes, text in zip((snr, ratio, underflow), titles, strict=True):
+        _finish(axes, text)
+        axes.set_xlabel("step")
+    figure.suptitle(f"{heading}: medians over layers, 10% to 90% of them as a band", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    return _png(figure)
+
+
+def _draw_layers(axes, found: list[tuple[int, float | None]], style: dict) -> None:
+    """Median and band of (step, value of a layer)."""
+    by_step: dict[int, list[float]] = {}
+    for step, value in found:
+        if value is not None:
+            by_step.setdefault(step, []).append(value)
+    steps = sorted(by_step)
+    low, middle, high = np.array([np.percentile(by_step[step], (10, 50, 90)) for step in steps]).reshape(-1, 3).T
+    axes.plot(steps, middle, **({"marker": "o", "markersize": 3} | style))
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
 # ---- Quantizers ------------------------------------------------------------------------------------------

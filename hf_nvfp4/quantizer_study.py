@@ -132,12 +132,17 @@ def made_tensors(size: int, tail_size: int, generator: torch.Generator) -> dict[
 # ---- One draw ------------------------------------------------------------------------------------------
 
 
+def flipped(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> tuple[Tensor, Cast, Tensor | None]:
+    """x [M, K] and the cast as a backend sees them: flipped by the signs that the cast draws, their seed at the end."""
+    if cast.signs != "random":
+        return x, cast, None
+    signs = draw_seed(x.device, generator)
+    return flip(x, signs, cast.hadamard, 1), dataclasses.replace(cast, signs="fixed"), signs
+
+
 def quantized(x: Tensor, cast: Cast, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [M, K] as it is before rounding (rotated, if the cast says so), as it is after it (FP64), the seed of signs."""
-    signs = None
-    if cast.signs == "random":
-        signs = draw_seed(x.device, generator)
-        x, cast = flip(x, signs, cast.hadamard, 1), dataclasses.replace(cast, signs="fixed")
+    x, cast, signs = flipped(x, cast, generator)
     y = quantize(x, cast, generator=generator).dequantize(torch.float64)
     return rotate(x, cast.hadamard) if cast.hadamard else x, y, signs
 

@@ -24,6 +24,8 @@ from hf_nvfp4.scores import (
 )
 
 SCHEMA = 1
+STATS_FILE = "quantization_stats.jsonl"
+NOISE_THRESHOLD = math.sqrt(3)  # of gradients, see hf_nvfp4.operand_stats
 BASES = ("bf16", "fp8")  # recipes that gaps are taken to
 
 # What a run.json must hold, by dotted path.
@@ -133,6 +135,21 @@ def _all_but_seed(run: Run) -> dict:
 def base_of(variants: list[Variant], recipe: str) -> Variant | None:
     """The variant that gaps to `recipe` are taken to."""
     return next((variant for variant in variants if variant.first.record["recipe"] == recipe), None)
+
+
+def read_stats(run: Run) -> list[dict]:
+    """What train.py --quantization_stats left of a run: rows of a step and a layer; [] if nothing was quantized.
+
+    Raises ReportError for a line that is not one.
+    """
+    path, rows = run.path / STATS_FILE, []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], start=1):
+        try:
+            row = json.loads(line)
+            rows.append({key: row[key] for key in ("step", "layer", "operands", "noise_ratio")})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ReportError(f"{path}, line {number} is broken ({error!r}). Delete that line, or the file.") from error
+    return rows if any(row["operands"] for row in rows) else []
 
 
 # ---- What may be compared ------------------------------------------------------------------------------
@@ -294,6 +311,28 @@ def _task_version(s: Scores, task: str):
     """What must agree for scores to be comparable; None where a model was not scored on the task."""
     entry = s.tasks.get(task)
     return entry and [entry.get(key) for key in ("version", "num_fewshot", "fingerprint", "samples")]
+
+
+def stats_table(found: dict[str, list[dict]]) -> str:
+    """Quantization at the last step at which a run measured any: medians over layers. found: rows by run."""
+    header = ["run", "step", "SNR of x, dB", "of w", "of dy", "underflow of dy", "gradient's noise ratio", "lowest"]
+    lines = []
+    for name, rows in found.items():
+        step = max(row["step"] for row in rows if row["operands"])
+        last = [row for row in rows if row["step"] == step]
+        ratios = [row["noise_ratio"] for row in last if row["noise_ratio"] is not None]
+        cells = [_median(last, operand, "snr_db") for operand in ("fprop x", "fprop w", "dgrad dy")]
+        cells.append(_median(last, "dgrad dy", "underflow", "{:.1%}"))
+        low = f"{sum(ratio < NOISE_THRESHOLD for ratio in ratios)} of {len(ratios)}"
+        cells += [f"{statistics.median(ratios):.1f}", f"{min(ratios):.2f}", low] if ratios else ["—"] * 3
+        lines.append([name, f"{step:,}", *cells])
+    return markdown_table([*header, "layers below √3"], lines)
+
+
+def _median(rows: list[dict], operand: str, kind: str, form: str = "{:.1f}") -> str:
+    values = [row["operands"][operand][kind] for row in rows if operand in row["operands"]]
+    values = [value for value in values if value is not None]
+    return form.format(statistics.median(values)) if values else "—"
 
 
 def headline(variants: list[Variant]) -> str:

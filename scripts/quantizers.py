@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from hf_nvfp4 import model_study, plots, quantizer_study, quantizer_tables
+from hf_nvfp4.captured import OPERANDS
 from hf_nvfp4.data import InputError
 from hf_nvfp4.gemm import backend_name
 from hf_nvfp4.recipes import RECIPES, get_recipe
@@ -90,7 +91,7 @@ def study_model(args: argparse.Namespace, recipes: list) -> tuple[dict, dict[str
         "gradients": gradients,
     }
     operands = [found.operands() for found in captured.values()]
-    return record, {name: [found[name] for found in operands] for name in model_study.OPERANDS}
+    return record, {name: [found[name] for found in operands] for name in OPERANDS}
 
 
 def study(args: argparse.Namespace, recipes: list) -> dict:

@@ -3,11 +3,13 @@
     python scripts/report.py runs/bf16 runs/fp8 runs/nvfp4 --output runs/report
 
 Writes table.md, loss.png and MODEL_CARD.md, and prints the table. Runs that differ only in the seed are shown as
-one, with mean and standard deviation.
+one, with mean and standard deviation. Of runs with train.py's --quantization_stats, a table and plots of those too:
+quantization_stats.png, or quantization_stats-RUN.png of several.
 """
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -40,23 +42,44 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def write_stats(variants: list[report.Variant], folder: Path) -> tuple[str, dict[str, Path]]:
+    """A section for table.md, and the plot of each run that has measured its quantization, by name; written."""
+    runs = [run for variant in variants for run in variant.runs]
+    names = [run.record["name"] for run in runs]
+    unique = {name if names.count(name) == 1 else str(run.path): run for name, run in zip(names, runs, strict=True)}
+    found = {name: rows for name, run in unique.items() if (rows := report.read_stats(run))}
+    if not found:
+        return "", {}
+    endings = {name: "-" + re.sub(r"[^\w.-]", "_", name) if len(found) > 1 else "" for name in found}
+    files = {name: f"quantization_stats{ending}.png" for name, ending in endings.items()}
+    for name, rows in found.items():
+        write_atomically(folder / files[name], plots.quantization_stats_png(rows, name))
+    links = "\n\n".join(f"![{name}]({file})" for name, file in files.items())
+    section = f"\n## Quantization, at the last step measured\n\n{report.stats_table(found)}\n\n{links}\n"
+    return section, {name: folder / file for name, file in files.items()}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit status."""
     args = parse(argv)
     try:
         variants = report.read_variants(args.runs)
+        stats, stats_plots = write_stats(variants, args.output)
     except report.ReportError as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
-    table, plot = report.full_table(variants), args.output / "loss.png"
+    table, plot = report.full_table(variants) + stats, args.output / "loss.png"
     card_path = args.card or args.output / "MODEL_CARD.md"
     print(f"{report.headline(variants)}\n\n{table}")
     write_atomically(args.output / "table.md", table.encode())
     write_atomically(plot, plots.figure_png(variants))
-    link = Path(os.path.relpath(plot, card_path.parent)).as_posix()
-    card = cards.model_card(variants, args.template, link, args.language, args.license)
+    link, *links = (Path(os.path.relpath(p, card_path.parent)).as_posix() for p in (plot, *stats_plots.values()))
+    linked = dict(zip(stats_plots, links, strict=True))
+    card = cards.model_card(variants, args.template, link, args.language, args.license, linked)
     write_atomically(card_path, str(card).encode())
     print(f"table: {args.output / 'table.md'}\nplot:  {plot}\ncard:  {card_path}")
+    for path in stats_plots.values():
+        print(f"quantization: {path}")
     return 0
 
 

@@ -34,6 +34,7 @@ from hf_nvfp4.linear import quantized_linears
 from hf_nvfp4.options import Arguments, ModelArguments, parse_arguments, read_recipe
 from hf_nvfp4.scores import write_json
 from hf_nvfp4.sizes import SIZES
+from hf_nvfp4.stats import STATS_FILE
 
 # ---- Model -----------------------------------------------------------------------------------------------
 
@@ -297,6 +298,8 @@ def find_start(args: Arguments) -> Path | None:
     checkpoint, ignored = runlog.find_checkpoint(resume, output_dir)
     with training.main_process_first(local=False):
         runlog.claim(output_dir, resume is not None, args.model.overwrite_output_dir)
+        if checkpoint is None:  # those of a run that was here before
+            (output_dir / STATS_FILE).unlink(missing_ok=True)
     if resume:
         start = f"resuming from {checkpoint}" if checkpoint else f"no whole checkpoint in {output_dir}: starting anew"
         args.say("\n".join([*ignored, start]))
@@ -322,6 +325,8 @@ def build_trainer(
     """The Trainer, and the callback that times it. first: callbacks that come before the others."""
     timer = runlog.RunTimer()
     watch = [*first, timer, runlog.SameData(packed.about["fingerprint"]), hf_nvfp4.StopOnNonFinite()]
+    if interval := args.model.quantization_stats:
+        watch.append(hf_nvfp4.QuantizationStats(interval))
     resolve_steps(args.training, packed.train)
     schedule = lay_out_schedule(args)
     with input_errors():

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from hf_nvfp4 import RECIPES, Cast, NVFP4TrainingConfig, Recipe, model_study, quantize, quantize_model, quantizer_tables
+from hf_nvfp4.captured import OPERANDS
 from hf_nvfp4.linear import quantized_linears
 from hf_nvfp4.quantizer_study import (
     CASTS,
@@ -208,7 +209,7 @@ def test_captured_tensors_are_those_of_the_gemms(folder, model):
         expected = t.dy.bfloat16().float().T @ t.x.bfloat16().float()
         assert torch.allclose(base[name], expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
         operands = t.operands()
-        assert [tuple(operands[o].shape) for o in model_study.OPERANDS] == [
+        assert [tuple(operands[o].shape) for o in OPERANDS] == [
             (256, k), (n, k), (256, n), (k, n), (n, 256), (k, 256)
         ]  # fmt: skip
         assert torch.equal(operands["wgrad dy"][:, :144], t.dy.T) and not operands["wgrad dy"][:, 144:].any()
@@ -263,10 +264,10 @@ def test_the_script_writes_and_prints_all(folder, tmp_path, capsys):
     assert "device cpu" in printed and "nvfp4 on bf16, fp8 on bf16" in printed
     record = json.loads((tmp_path / "out" / "quantizers.json").read_text())
     for name, entry in record["casts"].items():
-        assert f"| {name} " in printed and set(entry["sources"]) >= {NORMAL, *model_study.OPERANDS}
+        assert f"| {name} " in printed and set(entry["sources"]) >= {NORMAL, *OPERANDS}
     # Rotations over 128 fit neither the 96 columns of a down projection nor its 96 rows, but all tokens.
-    tensors = {operand: record["casts"]["MS-EDEN"]["sources"][operand]["tensors"] for operand in model_study.OPERANDS}
-    assert tensors == {operand: 1 if operand.startswith("fprop") else 2 for operand in model_study.OPERANDS}
+    tensors = {operand: record["casts"]["MS-EDEN"]["sources"][operand]["tensors"] for operand in OPERANDS}
+    assert tensors == {operand: 1 if operand.startswith("fprop") else 2 for operand in OPERANDS}
     assert len(record["model"]["gradients"]["nvfp4"]["layers"]) == 14
     report = (tmp_path / "out" / "quantizers.md").read_text()
     assert all(f"## {part}" in report for part in ("Unbiasedness", "Other tensors", "Gradients by layer", "Casts"))

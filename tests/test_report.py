@@ -270,6 +270,50 @@ def test_scores_over_seeds_are_mean_and_standard_deviation(tmp_path):
 # ---- Figure and card -----------------------------------------------------------------------------------
 
 
+def write_stats(folder, steps=(500, 1000), **changes):
+    """What --quantization_stats leaves: three layers, better and better with the step, the first below √3."""
+    rows = []
+    for step in steps:
+        for layer in range(3):
+            cast = {"underflow": 0.1 * layer, "saturation": 0.01, "snr_db": 18.0 + layer + step / 1000}
+            operands = {name: dict(cast) for name in ("fprop x", "fprop w", "dgrad dy")}
+            row = {"step": step, "layer": f"l.{layer}", "operands": operands, "noise_ratio": 1.5 + layer}
+            rows.append(row | changes)
+    (folder / report.STATS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_what_quantization_does_is_tabled_and_drawn(three, tmp_path, capsys):
+    runs = {variant.label: variant.first for variant in three}
+    write_stats(runs["nvfp4"].path)
+    write_stats(runs["bf16"].path, operands={}, noise_ratio=None)  # nothing quantized: no table, no plot
+    assert report.read_stats(runs["bf16"]) == report.read_stats(runs["fp8"]) == []
+    rows = report.read_stats(runs["nvfp4"])
+    cells = [cell.strip() for cell in report.stats_table({"nvfp4": rows}).splitlines()[-1].split("|")[1:-1]]
+    assert cells == ["nvfp4", "1,000", "20.0", "20.0", "20.0", "10.0%", "2.5", "1.50", "1 of 3"]
+    image = plots.quantization_stats_png(rows, "nvfp4")
+    assert image[:4] == b"\x89PNG" and image != plots.quantization_stats_png(rows[:3], "nvfp4")
+
+    folders, out = [str(run.path) for run in runs.values()], tmp_path / "out"
+    assert script("report").main([*folders, "--output", str(out), "--card", str(tmp_path / "CARD.md")]) == 0
+    assert (out / "quantization_stats.png").read_bytes() == image
+    assert "![nvfp4](quantization_stats.png)" in (out / "table.md").read_text()
+    assert "(out/quantization_stats.png)" in (tmp_path / "CARD.md").read_text()
+    write_stats(runs["fp8"].path)
+    assert script("report").main([*folders, "--output", str(out)]) == 0
+    assert {path.name for path in out.glob("*stats-*.png")} == {f"quantization_stats-{r}.png" for r in ("fp8", "nvfp4")}
+
+    (runs["fp8"].path / report.STATS_FILE).write_text('{"step": 1}\n')
+    capsys.readouterr()
+    assert script("report").main([*folders, "--output", str(out)]) == 1
+    assert "line 1 is broken (KeyError('layer'))" in capsys.readouterr().err
+
+
+def test_report_and_training_agree_on_names():
+    from hf_nvfp4 import operand_stats, stats
+
+    assert (report.STATS_FILE, report.NOISE_THRESHOLD) == (stats.STATS_FILE, operand_stats.NOISE_THRESHOLD)
+
+
 def test_figure_is_a_png_of_the_asked_size_and_depends_on_the_losses(three, tmp_path):
     image = plots.figure_png(three, inches=(10, 4), dpi=100)
     assert image.startswith(b"\x89PNG")

@@ -443,6 +443,19 @@ def test_full_disk(flags, tmp_path, monkeypatch):
     assert run(flags("--resume_from_checkpoint", "auto"))["training"]["steps"] == 6
 
 
+def test_quantization_stats(flags, tmp_path):
+    run(flags("--quantization_stats", "2", "--recipe", "nvfp4"))
+    path = tmp_path / "run" / "quantization_stats.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted({row["step"] for row in rows}) == [2, 4, 6] and {row["tokens"] for row in rows} == {128}
+    history = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "quantization/noise_ratio" in entry] == [2, 4, 6]
+    run(flags("--overwrite_output_dir", max_steps=1, save_steps=1))
+    assert not path.exists()  # a new run doesn't keep the old one's
+    with pytest.raises(InputError, match="--quantization_stats 0: give a number of steps, 1 or more"):
+        parse("--quantization_stats", "0")
+
+
 def test_late_switch(flags, capsys):
     wsd = ["--lr_scheduler_type", "warmup_stable_decay", "--switch_last", "0.5", "--warmup_steps", "1"]
     result = run(flags(*wsd, learning_rate=1e-3))
