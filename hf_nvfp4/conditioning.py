@@ -46,6 +46,20 @@ def conditioned(product: Callable, x: Tensor, weight: Tensor, recipe: Recipe) ->
     return (_Centered.apply(y) if recipe.split == "mean" else y) + rest
 
 
+def inside(x: Tensor, weight: Tensor, dy: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    """x, w and dy as the product in `conditioned` has them, of tensors of one dtype."""
+    found = []
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        found[:] = x.detach(), weight.detach(), (x @ weight.T).detach().requires_grad_()
+        return found[2]
+
+    with torch.enable_grad():
+        y = conditioned(product, x, weight, recipe)
+        (dy,) = torch.autograd.grad(y, found[2], dy)
+    return found[0], found[1], dy
+
+
 @torch.no_grad()
 def _channel_scales(x: Tensor) -> Tensor:
     """[K]: the power of two at or below each feature's largest magnitude; 1 where all is zero or not finite."""

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from hf_nvfp4.captured import OPERANDS, Captured
+from hf_nvfp4.casts import Cast
+from hf_nvfp4.conditioning import inside
 from hf_nvfp4.gemm import backend_for, multiply
 from hf_nvfp4.linear import NVFP4Linear, Plan
 from hf_nvfp4.quantizer_study import flipped
-from hf_nvfp4.casts import Cast
 from hf_nvfp4.reference import prepare, quantize_rows
 
 # Below it quantized training is said to stall: FP4 All the Way, arXiv 2505.19115.
@@ -78,7 +79,8 @@ def layer_stats(linear: NVFP4Linear, x: Tensor, dy: Tensor) -> dict:
 
     Returns {"recipe", "tokens", "operands": {name: {of `CAST_STATS`}}, "zero_dy", "noise_ratio"}. Operands are those of
     `OPERANDS` whose GEMM the layer runs (dgrad if x requires a gradient, wgrad if its weight does) and whose cast is
-    not BF16: each as its cast sees it, so in backward, under `recipe.from_forward`, what the forward multiplied.
+    not BF16: each as its cast sees it, so what `conditioning` makes of it, and in backward, under
+    `recipe.from_forward`, what the forward multiplied.
     zero_dy: share of exact zeros in dy. noise_ratio: see there; None where wgrad is not quantized. What is not finite
     is None.
     """
@@ -86,6 +88,8 @@ def layer_stats(linear: NVFP4Linear, x: Tensor, dy: Tensor) -> dict:
     plan = Plan(recipe, backend_for(linear.backend, recipe, x.device), dtype, linear.weight.requires_grad, None)
     dgrad, wgrad = x.requires_grad, plan.wgrad
     x, w = x.detach().to(dtype), _whole(linear.weight).to(dtype)
+    if recipe.conditions:
+        x, w, dy = inside(x, w, dy, recipe)
     operands = Captured(x, w, dy).operands()
     if recipe.from_forward:
         x_hat, w_hat = (plan.for_backward(None, t, how) for t, how in zip((x, w), recipe.fprop, strict=True))

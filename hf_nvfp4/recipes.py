@@ -58,6 +58,7 @@ SR_FP8_H = Cast(rounding="stochastic", hadamard=16, outer="bound", scale_rule="f
 FP8, FP8_2D = Cast("fp8_e4m3_block"), Cast("fp8_e4m3_block", square=True)
 E4M3_T, E5M2_T = Cast("fp8_e4m3"), Cast("fp8_e5m2")
 RN_46, RN_46_2D = Cast(scale_rule="4over6_mse"), Cast(square=True, scale_rule="4over6_mse")
+BEST = Cast(scale_rule="best")
 EDEN = Cast(rounding="eden", hadamard=128, signs="random")
 EDEN_FP8 = Cast(rounding="eden", hadamard=128, signs="random", scale_rule="fp8_exact")
 MXFP8 = Cast("mxfp8")
@@ -107,7 +108,8 @@ for _recipe in (
         dgrad=(EDEN_FP8, EDEN_FP8),
         wgrad=(EDEN_FP8, EDEN_FP8),
         keep_bf16_last=0.154,
-        source="nvfp4_hopper with quartet2's quantizer in backward; dy's and w's casts are plain PyTorch, slow",
+        source="nvfp4_hopper with quartet2's quantizer in backward; at 30M parameters it loses to stochastic "
+        "rounding (LOG.md)",
     ),
     Recipe(
         "nvfp4_4over6",
@@ -126,6 +128,17 @@ for _recipe in (
         from_forward=True,
         source="Quartet II, arXiv 2601.22813: 4/6 forward; backward from what the forward multiplied, all four "
         "operands rotated by 128 with new signs and rounded by MS-EDEN",
+    ),
+    Recipe(
+        "nvfp4_best",
+        fprop=(BEST, BEST),
+        dgrad=(EDEN, EDEN),
+        wgrad=(EDEN, EDEN),
+        keep_bf16_last=0.154,
+        from_forward=True,
+        split="mean",
+        source="this project's own, found by measuring (LOG.md): quartet2's backward; in the forward the best of six "
+        "scales for each 1×16 block of x and w, and the tokens' mean of x (and of dy) multiplied in high precision",
     ),
     Recipe(
         "fp4_all_the_way",

@@ -44,7 +44,7 @@ ALLOWED = {
     "quantizer_study": {"casts", "language", "reference", "rounding"},
     "captured": {"linear"},
     "model_study": {"captured", "data", "integration", "language", "linear", "packing"},
-    "operand_stats": {"captured", "casts", "gemm", "language", "linear", "quantizer_study", "reference"},
+    "operand_stats": {"captured", "casts", "conditioning", "gemm", "linear", "quantizer_study", "reference"},
     "stats": {"captured", "linear", "operand_stats", "scores"},
     "quantizer_tables": {"scores"},
     "report": {"scores"},

@@ -20,9 +20,10 @@ from hf_nvfp4 import (
     register_recipe,
     use_recipe,
 )
-from hf_nvfp4.conditioning import _inliers, _staircase, _unsaturated, conditioned
+from hf_nvfp4.conditioning import _inliers, _staircase, _unsaturated, conditioned, inside
 from hf_nvfp4.language import HIGH_PRECISION
 from hf_nvfp4.linear import quantized_linears
+from hf_nvfp4.operand_stats import cast_stats, layer_stats
 from hf_nvfp4.recipes import get_recipes
 from hf_nvfp4.rounding import rotate, rotate_back
 
@@ -284,6 +285,19 @@ def test_bad_maps_are_refused(monkeypatch):
     assert register_recipe(mine) is get_recipes("mine") and mine.keep_bf16_last == RECIPES["fp8"].keep_bf16_last
     with pytest.raises(ValueError, match="a different recipe is registered as 'nvfp4'"):
         register_recipe(RecipeMap("nvfp4", {"*": RECIPES["fp8"]}))
+
+
+@pytest.mark.parametrize("name", ["averis", "quartet", "fp4_dge"])
+def test_statistics_are_of_what_the_product_gets(name):
+    x, w, dy = tensors()
+    layer = make(RECIPES[name], w)
+    calls = []
+    conditioned(lambda a, b: calls.append((a, b)) or a @ b.T, x, w, layer.train_recipe)
+    found = inside(x, w, dy, layer.train_recipe)
+    assert torch.equal(found[0], calls[0][0]) and torch.equal(found[1], calls[0][1])
+    assert torch.equal(found[2], dy - dy.mean(0) if name == "averis" else dy)
+    measured = layer_stats(layer, x.requires_grad_(), dy)["operands"]["fprop x"]["snr_db"]
+    assert measured == pytest.approx(cast_stats(found[0], layer.recipe.fprop.a)[2].item())
 
 
 def test_conditioned_calls_the_product_once():

@@ -108,6 +108,18 @@ def test_backends_agree_where_they_say_they_are_exact(device, recipe):
     assert (bf16.exactness(RECIPES[recipe]) == "exact") == (recipe not in ("fp8", "tetrajet2_base"))
 
 
+@pytest.mark.parametrize("recipe", ["nvfp4", "quartet2", "tetrajet2_base", "nvfp4_best", "fp8"])
+def test_a_compiled_layer_takes_batches_of_other_sizes(device, recipe):
+    """The last batch of an epoch: dimensions become variables."""
+    torch._dynamo.reset()
+    layer = NVFP4Linear(128, 64, recipe=recipe, backend="bf16", device=device)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for batch in (4, 4, 3, 2):
+        x = torch.randn(batch, 64, 128, device=device, requires_grad=True)
+        compiled(x).sum().backward()
+        assert x.grad.isfinite().all() and x.grad.any()
+
+
 def test_the_error_of_averaged_weight_gradients_falls_with_the_square_root(device):
     """Down to the bias that rounding x to nearest leaves (headroom takes away that of saturation)."""
     x, w, dy = (torch.randn(*s, device=device) for s in ((64, 64), (32, 64), (64, 32)))
