@@ -86,8 +86,7 @@ def _block_view(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _unblock(blocks: Tensor, shape: tuple[int, int]) -> Tensor:
-    a, b, c, d = blocks.shape
-    return blocks.reshape(a * b, c * d)[: shape[0], : shape[1]]
+    return blocks.flatten(2).flatten(0, 1)[: shape[0], : shape[1]]
 
 
 def _amax(x: Tensor, outer: str) -> Tensor:
@@ -349,9 +348,8 @@ def quantize_blocks(x: Tensor, cast: Cast, generator: torch.Generator | None = N
 def unscaled(x: Tensor, cast: Cast) -> Tensor:
     """x [M, K] over the scales that a cast without rotation gives it, FP32; 0 under a scale of 0."""
     blocks = quantize_blocks(x.detach().contiguous(), cast)
-    m, n, c, k = blocks.elements.shape
     scales = torch.ones((), device=x.device) if blocks.scales is None else blocks.scales
-    scales = _unblock(scales.expand(m, n, c, k), blocks.shape) * blocks.tensor_scale
+    scales = _unblock(scales.expand_as(blocks.elements), blocks.shape) * blocks.tensor_scale
     return torch.where(scales == 0, 0.0, x.float() / scales)
 
 
