@@ -128,8 +128,10 @@ def test_a_layer_compiles_into_one_graph(device, on_kernels, launches, recipe):
     found, wanted = Counter(launches), Counter(eager)
     assert found.pop("amax_kernel", 0) <= wanted.pop("amax_kernel", 0)
     # x is cast as in the forward once more where backward is made of that: in a graph that is one operator.
-    assert wanted - found == Counter({"cast_kernel": layer.recipe.from_forward}) and not found - wanted
-    assert (recipe == "bf16") == ("cast_kernel" not in eager)
+    again = layer.recipe.from_forward and kernels.knows(layer.recipe.fprop.a)
+    assert wanted - found == Counter({"cast_kernel": again}) and not found - wanted
+    known = [c for c in layer.recipe.casts if kernels.knows(c) and not c.block_format.high_precision]
+    assert bool(known) == ("cast_kernel" in eager)
 
 
 def test_layers_of_many_recipes_compile_one_after_the_other(device, on_kernels):
@@ -293,7 +295,9 @@ def assert_same_operands(monkeypatch, device, x, row, col, keep_col):
             one = torch.ones((), device=device)  # what None says
             assert (one if values.scale is None else values.scale).equal(one if want.scale is None else want.scale)
         wide = operand.dequantize(torch.float64)
-        assert wide.equal(values.dequantize(torch.float64)) and wide.shape == values.values.shape
+        rounded = not bf16._exact(cast.block_format) and not isinstance(operand, Operand)
+        assert relative(wide, values.dequantize(torch.float64)) <= (2**-8 if rounded else 0)
+        assert wide.shape == values.values.shape
     return [None if ours is None else ours[0] for ours in both[1]]
 
 
