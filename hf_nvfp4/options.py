@@ -62,7 +62,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Measure every so many steps what quantization does to each layer (SNR, underflow, noise of its "
-            "gradient): quantization_stats.jsonl, and into the logs. 500 costs little (default: never)."
+            "gradient): quantization_stats.jsonl, and into the logs. 1000 costs little (default: never)."
         },
     )
     overwrite_output_dir: bool = field(

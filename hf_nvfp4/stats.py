@@ -62,7 +62,7 @@ class QuantizationStats(TrainerCallback):
         ValueError: interval or tokens below 1; at training's begin, a model without converted layers.
     """
 
-    def __init__(self, interval: int = 500, tokens: int = 4096, batch: dict | None = None):
+    def __init__(self, interval: int = 1000, tokens: int = 4096, batch: dict | None = None):
         for name, value in (("interval", interval), ("tokens", tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: give a whole number, 1 or more")
