@@ -174,8 +174,9 @@ def test_in_eval_mode_a_token_depends_on_no_other(name):
     assert torch.equal(layer(x)[:7], layer(x[:7]))
 
 
-@pytest.mark.parametrize("conditions", CONDITIONS.values(), ids=CONDITIONS)
-def test_it_compiles(conditions):
+@pytest.mark.parametrize("name", ["outliers", "all"])
+def test_it_compiles(name):
+    conditions = CONDITIONS[name]
     x, w, dy = tensors()
     layer = make(dataclasses.replace(NEAREST, name=f"compiled {conditions}", **conditions), w)
     expected = run(layer, x, dy)

@@ -108,13 +108,13 @@ def test_backends_agree_where_they_say_they_are_exact(device, recipe):
     assert (bf16.exactness(RECIPES[recipe]) == "exact") == (recipe not in ("fp8", "tetrajet2_base"))
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "quartet2", "tetrajet2_base", "nvfp4_best", "fp8"])
+@pytest.mark.parametrize("recipe", ["nvfp4", "quartet2"])
 def test_a_compiled_layer_takes_batches_of_other_sizes(device, recipe):
     """The last batch of an epoch: dimensions become variables."""
     torch._dynamo.reset()
     layer = NVFP4Linear(128, 64, recipe=recipe, backend="bf16", device=device)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    for batch in (4, 4, 3, 2):
+    for batch in (4, 3, 2):
         x = torch.randn(batch, 64, 128, device=device, requires_grad=True)
         compiled(x).sum().backward()
         assert x.grad.isfinite().all() and x.grad.any()
