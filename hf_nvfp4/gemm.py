@@ -8,7 +8,7 @@ from torch import Tensor
 from hf_nvfp4.backends import BACKENDS, BY_NAME_ONLY
 from hf_nvfp4.casts import Cast, unknown
 from hf_nvfp4.language import Gemm, Recipe, RecipeMap
-from hf_nvfp4.rounding import draw_seed, flip
+from hf_nvfp4.rounding import draw_seed
 
 
 def check_backend(name: str) -> None:
@@ -78,12 +78,8 @@ def cast(
             raise ValueError(f"{how} {'needs' if signs is None else 'takes no'} drawn signs")
     if row_signs is None and col_signs is None:
         return backend.cast(x, row, col, keep_col)
-    # Backends know fixed signs only: x is flipped for them.
-    a = b = None
-    if row is not None:
-        a = backend.cast(x if row_signs is None else flip(x, row_signs, row.hadamard, 1), row, None, False)[0]
-    if col is not None:
-        b = backend.cast(x if col_signs is None else flip(x, col_signs, col.hadamard, 0), None, col, keep_col)[1]
+    a = None if row is None else backend.cast(x, row, None, False, row_signs)[0]
+    b = None if col is None else backend.cast(x, None, col, keep_col, col_signs)[1]
     return a, b
 
 

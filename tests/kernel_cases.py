@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from hf_nvfp4.ops import CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES
 from hf_nvfp4.ops.cast import _load_columns, _prepared, cast_kernel
+from hf_nvfp4.ops.eden import round_e4m3, round_fp8_exact
 from hf_nvfp4.ops.launch import OPTIONS, Launcher, tile_for
 from hf_nvfp4.ops.spec import Plan, plan
 
@@ -54,6 +55,10 @@ CASTS = [
     Cast(scale_rule="fp8_exact", outer="row"),
     Cast(scale_rule="best", outer="row"),
     Cast(scale_rule="4over6", hadamard=16),
+    *(Cast(rounding="eden", scale_rule=rule) for rule in ("amax", "fp8_exact")),
+    Cast(rounding="eden", hadamard=16),
+    Cast(rounding="eden", scale_rule="fp8_exact", hadamard=16, outer="bound"),
+    Cast(rounding="eden", outer="row"),
     Cast("mxfp4"),
     Cast("mxfp4", square=True, scale_rule="ceil"),
     Cast("mxfp4", hadamard=16, headroom=MX_SR_HEADROOM, **SR),
@@ -186,7 +191,7 @@ def expected(x, cast, seed, transposed):
     if transposed:
         x = F.pad(x, (0, 0, 0, -x.shape[0] % 16)).T
     operand, amax, _ = reference.prepare(x.contiguous(), cast)
-    blocks = reference.quantize_rows(operand, amax, seed if cast.rounding == "stochastic" else None, cast)
+    blocks = reference.quantize_rows(operand, amax, None if cast.rounding == "nearest" else seed, cast)
     return Expected(operand, amax, blocks.values().bfloat16(), reference.pack(blocks, cast))
 
 
@@ -280,7 +285,7 @@ def assert_writes_fp8(data, above, want, what):
 def compare(x, row=None, row_out=NOTHING, col=None, col_out=NOTHING, on=None):
     """One launch of ops.amax and one of ops.cast against reference.py, computed on the device `on` (x's own)."""
     casts, on = (row, col), on or x.device
-    seeds = [random_seed(x.device) if c is not None and c.rounding == "stochastic" else None for c in casts]
+    seeds = [random_seed(x.device) if c is not None and c.rounding != "nearest" else None for c in casts]
     wants = [
         None if c is None else expected(x.to(on), c, None if seed is None else seed.to(on), transposed)
         for c, seed, transposed in zip(casts, seeds, (False, True), strict=True)
@@ -319,6 +324,31 @@ def _amax(x, casts, wants):
     if col is None:
         assert got[1] == 0
     return got
+
+
+# ---------------------------------------------------------------------------- scales alone
+
+
+@triton.jit
+def _rounded_scales_kernel(scale_ptr, byte_ptr, value_ptr, code_ptr, P: tl.constexpr):
+    E4M3: tl.constexpr = P.scale_grid
+    at = tl.program_id(0) * 256 + tl.arange(0, 256)
+    scale, byte = tl.load(scale_ptr + at), tl.load(byte_ptr + at)
+    if P.rule == "fp8_exact":
+        value, code = round_fp8_exact(scale, byte)
+    else:
+        value, code = round_e4m3(scale, byte, E4M3)
+    tl.store(value_ptr + at, value)
+    tl.store(code_ptr + at, code)
+
+
+def rounded_scales(scales, byte, rule):
+    """FP32 scales [n, 256] as rounding "eden" rounds them by these bytes: values and codes."""
+    with poisoned():
+        value, code = torch.empty_like(scales), torch.empty_like(scales, dtype=torch.int32)
+    p = plan(kernels.spec(Cast(rounding="eden", scale_rule=rule)))
+    _rounded_scales_kernel[(len(scales),)](scales, byte.int(), value, code, p, **OPTIONS)
+    return value, code
 
 
 # ---------------------------------------------------------------------------- rotation

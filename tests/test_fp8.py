@@ -11,6 +11,7 @@ from hf_nvfp4 import RECIPES, Cast, NVFP4Linear, Recipe
 from hf_nvfp4.backends import BACKENDS, bf16, fp4, fp8, fp8_rounded, reference
 from hf_nvfp4.formats import FP8_EXACT_RANGE, FP8_EXACT_SIGNIFICANDS
 from hf_nvfp4.gemm import backend_name
+from hf_nvfp4.rounding import draw_seed
 
 HOPPER = RECIPES["nvfp4_hopper"]
 RN, RN_2D = HOPPER.fprop
@@ -126,12 +127,14 @@ def test_codes_and_scales_are_equal_across_backends(monkeypatch, device, kernels
         skip_unless_it_runs(pytest.importorskip("hf_nvfp4.ops.cast").cast_kernel, device)
     monkeypatch.setattr(bf16, "KERNEL_DEVICES", {device.type} if kernels else set())
     x = torch.randn(rows, columns, device=device).bfloat16()
+    drawn = draw_seed(x.device)
     pairs = [(RN, RN_H), (SR, SR_H), (None, RN_2D), (SR, EDEN), (EDEN, SR_H), (EDEN, EDEN)]
-    for row, col in pairs + [(RN_2D, None)] * (rows % 16 == 0):
+    pairs = [(*pair, None) for pair in pairs + [(RN_2D, None)] * (rows % 16 == 0)]
+    for row, col, signs in (*pairs, (EDEN, None, drawn), (None, EDEN, drawn)):
         found = {}
         for backend in (reference, bf16, fp4, fp8):
             torch.manual_seed(7)
-            found[backend] = backend.cast(x, row, col, True)
+            found[backend] = backend.cast(x, row, col, True, signs)
         for side, expected in enumerate(found[reference]):
             if expected is None:
                 continue

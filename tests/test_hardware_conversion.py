@@ -154,7 +154,9 @@ def casts(ops, **settings):
     yield (mxfp4, CODES), (mxfp4._replace(headroom=4 / 3), CODES_ACROSS)
     yield (nvfp4._replace(headroom=17 / 16), CODES_ACROSS), nothing
     yield nothing, (nvfp4, CODES)
-    if not nvfp4.stochastic:
+    if nvfp4.rounding == "nearest":
+        eden = nvfp4._replace(rounding="eden")
+        yield (eden, CODES_SWIZZLED), (eden._replace(scale_rule="fp8_exact"), CODES_ACROSS)
         yield (nvfp4._replace(scale_rule="4over6"), CODES), (nvfp4._replace(scale_rule="best"), CODES)
 
 
@@ -171,7 +173,7 @@ def test_each_value_has_its_own_random_bits(ops, monkeypatch, device):
     if device.type == "cuda":
         pytest.skip("the instruction uses the bits in another way than the reference")
     for x in (tie_table(), everything()):
-        for row, col in casts(ops, stochastic=True):
+        for row, col in casts(ops, rounding="stochastic"):
             want, got = (outputs(ops, monkeypatch, level, x, row, col) for level in (NONE, STOCHASTIC))
             for a, b in zip(got, want, strict=True):
                 assert a.equal(b) or (a.isnan() & b.isnan()).all(), (row, col)
@@ -186,7 +188,7 @@ def test_what_is_no_code_and_what_is_not_opted_in_stays(ops, monkeypatch, device
 
         monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", refuse)
     x, nvfp4, fp8 = everything().to(device), ops.Spec(), ops.Spec("e4m3", 128, "float32")
-    sr = nvfp4._replace(stochastic=True)
+    sr = nvfp4._replace(rounding="stochastic")
     for level, row, col in (
         (STOCHASTIC, (nvfp4, VALUES), (sr, VALUES)),
         (STOCHASTIC, (fp8, CODES), (fp8, CODES_ACROSS)),

@@ -55,7 +55,12 @@ def bad_specs():
     yield "blocks of 16 with scale 'none'", {"scale": "none"}
     yield "scale rule 'ceil' with scale 'e4m3'", {"scale_rule": "ceil"}
     yield "scale rule 'best' with scale 'float32'", {"scale_rule": "best", "scale": "float32"}
-    yield "error of rounding to nearest", {"scale_rule": "4over6", "stochastic": True}
+    yield "error of rounding to nearest", {"scale_rule": "4over6", "rounding": "stochastic"}
+    yield "rounding 'up'; the kernels know nearest, stochastic, eden", {"rounding": "up"}
+    yield "error of rounding to nearest", {"scale_rule": "best", "rounding": "eden"}
+    yield "for blocks of 16 of e2m1 under e4m3 scales", {"scale": "e8m0", "block": 32, "rounding": "eden"}
+    yield "without headroom", {"headroom": 1.0625, "rounding": "eden"}
+    yield "square blocks have others", {"square": True, "rounding": "eden"}
     yield "Hadamard transform of 32", {"hadamard": 32}
     yield "headroom=0", {"headroom": 0}
     yield "not the text of a Spec: could not convert", {"headroom": "much"}
@@ -79,6 +84,15 @@ def test_bad_input_is_refused_in_words_before_any_launch(device, launches):
     for size in (-2, 1, 3, 32):
         with pytest.raises(ValueError, match=f"col_hadamard={size}"):
             ops.amax(x, True, size)
+    for message, arguments in (
+        ("rotate: size 64 for K=32; it takes powers of two up to 8192", (x[:, :32], 64)),
+        ("rotate: size 512 transposed; it takes powers of two up to 256", (x, 512, None, True)),
+        ("seed must be contiguous torch.int32", (x, 32, cases.random_seed(device).long())),
+        ("seed is on meta", (x, 32, cases.random_seed(device).to("meta"), True)),
+        ("K a multiple of 16", (x[:, :40], 8)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.rotate.__wrapped__(*arguments)
     codes, scales = (torch.zeros(4, n, dtype=torch.uint8, device=device) for n in (32, 4))
     for message, arguments in (
         (r"codes must be uint8 \[M, K / 16 · 8\], not .* \[4, 4\]", (codes[:, :4], scales, text, False)),

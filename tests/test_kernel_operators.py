@@ -10,13 +10,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from hf_nvfp4 import RECIPES, Cast, NVFP4Linear, Recipe
 from hf_nvfp4.backends import bf16
 from hf_nvfp4.backends.operand import Operand
+from hf_nvfp4.rounding import flip
 from hf_nvfp4.timing import saved_bytes
 
 cases = pytest.importorskip("kernel_cases", reason="the kernels need Triton")
 ops, kernels = cases.ops, cases.kernels
 NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS = range(5)
 SR, RN_2D, RN_H = Cast(rounding="stochastic"), Cast(square=True), Cast(hadamard=16)
-SR_H = Cast(rounding="stochastic", hadamard=16)
+SR_H, EDEN = Cast(rounding="stochastic", hadamard=16), Cast(rounding="eden")
 NEAREST = Recipe("nearest", (Cast(), RN_2D), (Cast(), RN_2D), (RN_H, RN_H))
 
 pytestmark = cases.MARKS
@@ -66,13 +67,14 @@ def calls(device):
     """Arguments of operators by name: each output, both dtypes of scales, ragged and empty."""
     x, empty = torch.randn(37, 64, device=device), torch.empty(0, 64, device=device)
     seed, two = cases.random_seed(device), torch.ones(2, device=device)
-    text = {c: kernels.spec(c) for c in (Cast(), SR, RN_2D, SR_H, Cast("fp8_e4m3_block"), Cast("fp8_e5m2"))}
+    text = {c: kernels.spec(c) for c in (Cast(), SR, RN_2D, SR_H, EDEN, Cast("fp8_e4m3_block"), Cast("fp8_e5m2"))}
     per_row = kernels.spec(Cast(outer="row"))
     yield "amax", (x, True, -1)
     yield "amax", (x.bfloat16(), True, 0)
     yield "amax", (x.T.contiguous().T, False, 16)
     yield "amax", (empty, True, 16)
     yield "cast", (x, two, None, seed, text[Cast()], VALUES, text[SR_H], CODES_ACROSS)
+    yield "cast", (x, two, seed, None, text[EDEN], CODES, None, NOTHING)
     yield "cast", (x[::2], two, seed, None, text[SR], CODES, text[RN_2D], VALUES)
     yield "cast", (x.half(), two, seed, None, text[SR], CODES_SWIZZLED, text[Cast()], CODES_SWIZZLED)
     fp8 = text[Cast("fp8_e4m3_block")], text[Cast("fp8_e5m2")]
@@ -80,6 +82,8 @@ def calls(device):
     yield "cast", (x, two, None, None, fp8[1], VALUES, fp8[0], CODES_ACROSS)
     yield "cast", (x, x.abs().amax(1), None, None, per_row, CODES, None, NOTHING)
     yield "cast", (empty, two, None, seed, text[Cast()], CODES, text[SR_H], VALUES)
+    yield "rotate", (x, 32, seed, False)
+    yield "rotate", (x[:, :40], 32, None, True)
     for cast in (Cast(), Cast("fp8_e4m3_block"), Cast("fp8_e5m2")):
         for out in (CODES, CODES_ACROSS):
             written = ops.cast(x, two, None, None, text[cast], out, None, NOTHING)
@@ -276,13 +280,13 @@ PAIRS = [
 ]
 
 
-def assert_same_operands(monkeypatch, device, x, row, col, keep_col):
+def assert_same_operands(monkeypatch, device, x, row, col, keep_col, signs=None):
     """With kernels and without: equal values, scales and draws; and an operand is what its tensors say."""
     both = []
     for devices in (set(), {device.type}):
         monkeypatch.setattr(bf16, "KERNEL_DEVICES", devices)
         torch.manual_seed(11)
-        both.append([None if a is None else (a, bf16._unpacked(a)) for a in bf16.cast(x, row, col, keep_col)])
+        both.append([None if a is None else (a, bf16._unpacked(a)) for a in bf16.cast(x, row, col, keep_col, signs)])
     for cast, plain, ours in zip((row, col), *both, strict=True):
         assert (cast is None) == (ours is None) == (plain is None)
         if cast is None:
@@ -326,6 +330,26 @@ def test_other_operands_are_the_same_with_kernels_and_without(monkeypatch, devic
     assert_same_operands(monkeypatch, device, torch.randn(37, 128, device=device), row, col, keep_col)
 
 
+@pytest.mark.parametrize(
+    "cast",
+    [
+        Cast(rounding="eden", hadamard=128, signs="random"),
+        Cast(hadamard=16, signs="random", rounding="stochastic", outer="bound"),
+        Cast("mxfp4", hadamard=512, signs="random"),
+        Cast("nvfp4_128", hadamard=32, signs="random"),
+    ],
+    ids=str,
+)
+def test_operands_with_drawn_signs_are_the_same_with_kernels_and_without(monkeypatch, device, cast):
+    """And are those of a tensor that was flipped first."""
+    x, signs = torch.randn(37, max(128, cast.hadamard), device=device).bfloat16(), cases.random_seed(device)
+    for part, row, col, dim in ((x, cast, None, 1), (x[:, :32], None, cast, 0)):
+        drawn = assert_same_operands(monkeypatch, device, part, row, col, dim == 0, signs)[dim == 0]
+        torch.manual_seed(11)
+        plain = bf16.cast(flip(part, signs, cast.hadamard, dim), row, col, dim == 0)[dim == 0]
+        assert bf16._unpacked(drawn).values.equal(bf16._unpacked(plain).values)
+
+
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_a_layer_is_the_same_with_kernels_and_without(monkeypatch, device, recipe):
     x, dy = torch.randn(37, 64, device=device), torch.randn(37, 48, device=device)
@@ -336,6 +360,19 @@ def test_a_layer_is_the_same_with_kernels_and_without(monkeypatch, device, recip
         results.append(run(layer, x, dy))
     for got, want in zip(*results, strict=True):
         assert relative(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("recipe", ["quartet2", "nvfp4_hopper_eden"])
+def test_recipes_of_ms_eden_leave_no_cast_to_pytorch(monkeypatch, device, on_kernels, launches, recipe):
+    def refuse(*arguments):
+        raise AssertionError("a cast by plain PyTorch")
+
+    monkeypatch.setattr(bf16, "_by_torch", refuse)
+    layer = NVFP4Linear(128, 256, recipe=recipe, backend="bf16", device=device)
+    run(layer, torch.randn(37, 128, device=device), torch.randn(37, 256, device=device))
+    again = 2 * layer.recipe.from_forward  # x and w as the forward cast them
+    rotations = {"rotate_kernel": 1, "rotate_transposed_kernel": 3}  # dy; w, dy and x
+    assert Counter(launches) == {"cast_kernel": 6 + again, "amax_kernel": 6 + again, **rotations}
 
 
 # ---------------------------------------------------------------------------- the GEMM

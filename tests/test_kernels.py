@@ -12,8 +12,10 @@ from test_reference import near_ties
 
 from hf_nvfp4 import Cast, NVFP4Linear
 from hf_nvfp4.backends import bf16
+from hf_nvfp4.backends.operand import transposed
+from hf_nvfp4.eden import LIMITS, _stochastic_fp8_exact
 from hf_nvfp4.formats import E4M3
-from hf_nvfp4.rounding import random_bytes, rotate
+from hf_nvfp4.rounding import decode, flip, random_bytes, rotate, round_to
 
 cases = pytest.importorskip("kernel_cases", reason="the kernels need Triton")
 ops, kernels = cases.ops, cases.kernels
@@ -74,19 +76,66 @@ def test_long_rotations_are_the_references(device, size, dtype):
         ops.rotate(x, 24)
 
 
+@pytest.mark.parametrize("size", [8, 16, 32, 128, 256])
+def test_rotations_with_drawn_signs_and_of_the_transpose_are_the_references(device, size):
+    """What is flipped, transposed, padded and rotated apart: to the bit, signs of zeros too, in any layout."""
+    seed = cases.random_seed(device)
+    for (m, k), layout in zip(((300, 112), (37, 256), (256, 96)), list(cases.LAYOUTS)[:3], strict=True):
+        x = cases.assorted(m, k, torch.float32 if k == 112 else torch.bfloat16)
+        x[5, 7] = float("nan")
+        x = cases.LAYOUTS[layout](x.to(device))
+        for signs in (None, seed):
+            across, along = (x, x) if signs is None else (flip(x, signs, size, dim) for dim in (0, 1))
+            across = transposed(across, Cast(hadamard=size)).contiguous()
+            with cases.poisoned():
+                cases.assert_same(ops.rotate(x, size, signs, True), rotate(across, size), f"{m}×{k} transposed")
+                if k % size == 0:
+                    cases.assert_same(ops.rotate(x, size, signs), rotate(along, size), f"{m}×{k}")
+    assert ops.rotate(x[:0], size, seed, True).shape == (96, 0)
+
+
 @pytest.mark.parametrize("outer", ["tensor", "row"])
-@pytest.mark.parametrize("rule", ["amax", "4over6", "4over6_mse", "best", "fp8_exact"])
-def test_block_scales_of_every_size(device, rule, outer):
+@pytest.mark.parametrize(
+    ("rule", "rounding"),
+    [(rule, "nearest") for rule in ("amax", "4over6", "4over6_mse", "best", "fp8_exact")]
+    + [(rule, "eden") for rule in LIMITS],
+)
+def test_block_scales_of_every_size(device, rule, rounding, outer):
     """A block for each magnitude between its tensor's largest and zero, so that every E4M3 scale comes up."""
     x = torch.randn(32, 16, 16).sign() * torch.rand(32, 16, 16)
     x[:, :, 0] = 2.0 ** torch.linspace(8, -22, 512).view(32, 16)
     x = x.clamp(-x[:, :, :1], x[:, :, :1]).view(32, 256)
     x[:, 0] = 256.0
     x = x.to(device)
-    cast = Cast(scale_rule=rule, outer=outer)
+    cast = Cast(scale_rule=rule, rounding=rounding, outer=outer)
     cases.compare(x, cast, CODES)
-    scales = cases.expected(x, cast, None, False).quantized.scales.view(torch.uint8)
+    scales = cases.expected(x, cast, cases.random_seed(device), False).quantized.scales.view(torch.uint8)
     assert len(scales.unique()) > (36 if rule == "fp8_exact" else 115)
+
+
+@pytest.mark.parametrize("rule", LIMITS)
+def test_corrected_scales_are_rounded_as_the_reference_does(device, rule):
+    """By every byte: those of the grid, their neighbours in FP32, some between, the small ones, what is not finite."""
+    grid = decode(torch.arange(127, dtype=torch.uint8), E4M3)
+    around = [grid.view(torch.int32).add(i).clamp(min=0).view(torch.float32) for i in (-1, 0, 1)]
+    between = 2.0 ** (torch.rand(256) * 20 - 11)
+    scales = torch.cat([*around, between, torch.tensor([500.0, float("inf"), float("nan"), -cases.NAN, 1e-30])])
+    scales, byte = (t.contiguous() for t in torch.broadcast_tensors(scales[:, None], torch.arange(256)))
+    want = _stochastic_fp8_exact(scales, byte) if rule == "fp8_exact" else round_to(scales, E4M3, byte.byte())
+    value, code = cases.rounded_scales(scales.to(device), byte.to(device), rule)
+    cases.assert_same(value.cpu(), want, "values")
+    known = want.abs() != float("inf")  # E4M3 has no inf: versions of torch make it NaN or 448
+    cases.assert_same(code.cpu().byte()[known], cases.stored(want.to(E4M3.dtype))[known], "codes")
+
+
+@pytest.mark.parametrize("rule", LIMITS)
+def test_the_largest_corrections(device, rule):
+    """Most elements just below 5, which become 4; the largest up to 7, which saturates, or is what amax is."""
+    x = torch.full((96, 64), 4.9999)
+    x[:, ::16] = torch.linspace(5.2, 7, 96)[:, None]
+    x[::2] *= 2.0 ** -torch.arange(48)[:, None]
+    cases.compare(x.to(device), Cast(rounding="eden", scale_rule=rule, outer="row"), CODES)
+    cases.compare(x.to(device), Cast(rounding="eden", scale_rule=rule), CODES)
 
 
 @pytest.mark.parametrize("square", [False, True])
@@ -193,6 +242,8 @@ RANDOM = [
     (Cast("mxfp4"), CODES, Cast("mxfp4", rounding="stochastic", headroom=4 / 3), VALUES, torch.float16),
     (Cast("mxfp8", scale_rule="ceil"), CODES_ACROSS, None, NOTHING, torch.bfloat16),
     (None, NOTHING, Cast(scale_rule="4over6_mse", hadamard=4), CODES, torch.float32),
+    (Cast(rounding="eden"), CODES, Cast(rounding="eden", hadamard=16), CODES_ACROSS, torch.bfloat16),
+    (Cast(rounding="eden", scale_rule="fp8_exact"), VALUES, None, NOTHING, torch.bfloat16),
 ]
 COUNT = int(os.environ.get("HF_NVFP4_KERNEL_CASES", 40 if cases.INTERPRETED else 1000))
 

@@ -3,9 +3,11 @@
 A backend is a module with
     supports(recipe, device) -> str | None    why it can't run the recipe there; None if it can
     exactness(recipe) -> str                  "exact", or what it rounds beyond the recipe
-    cast(x, row, col, keep_col) -> (a, b)     x [M, K] quantized along K by `row`, and xᵀ along M by `col` (M padded
+    cast(x, row, col, keep_col, signs=None) -> (a, b)
+                                              x [M, K] quantized along K by `row`, and xᵀ along M by `col` (M padded
                                               with zeros); None for what is not asked for. Rounding that draws
                                               draws row's seed first. keep_col: b as small as can be, to save it.
+                                              signs: seed of the drawn signs of a rotation; for one of both alone.
     multiply(a, b, dtype, bias) -> Tensor     [M, K] @ [N, K].T -> [M, N]
 An operand is a dataclass of tensors and, last, its cast; `tensors` gives the former.
 """

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from hf_nvfp4.backends.operand import Operand, cast_where, finished, is_plain, plain, transposed
+from hf_nvfp4.backends.operand import Operand, cast_where, finished, flipped, is_plain, plain, transposed
 from hf_nvfp4.casts import Cast
 from hf_nvfp4.formats import BlockFormat, Element
 from hf_nvfp4.language import Recipe
@@ -58,22 +58,34 @@ def _use_kernels(x: Tensor) -> bool:
 
 # ---------------------------------------------------------------------------- cast
 
-def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False):
+def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False, signs: Tensor | None = None):
     """x [M, K] and xᵀ as BF16 values and a scale above them; xᵀ as packed codes and scales if it is to be kept."""
 
-    def by_kernels(x: Tensor, row: Cast | None, col: Cast | None) -> tuple:
-        return kernels.cast(x, row, col, keep_col)
+    def by_kernels(x: Tensor, row: Cast | None, col: Cast | None, signs: Tensor | None) -> tuple:
+        return kernels.cast(x, row, col, keep_col, signs)
 
-    return by_kernels_or_torch(by_kernels, _by_torch, x, (row, col), keep_col)
+    return by_kernels_or_torch(by_kernels, _by_torch, x, (row, col), keep_col, signs)
 
 
 def by_kernels_or_torch(
-    by_kernels: Callable, by_torch: Callable, x: Tensor, casts: tuple[Cast | None, Cast | None], keep_col: bool
+    by_kernels: Callable,
+    by_torch: Callable,
+    x: Tensor,
+    casts: tuple[Cast | None, Cast | None],
+    keep_col: bool,
+    signs: Tensor | None,
 ) -> tuple:
-    """Both orientations: by_kernels(x, row, col) of what the kernels know, where they run; by_torch of the rest."""
+    """Both orientations: by_kernels(x, row, col, signs) of what the kernels know, where they run; by_torch the rest."""
+
+    def ours(x: Tensor, row: Cast | None, col: Cast | None) -> tuple:
+        return by_kernels(x, row, col, signs)
+
+    def other(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool) -> tuple:
+        return by_torch(flipped(x, row, col, signs), row, col, keep_col)
+
     if _use_kernels(x):
-        return cast_where(kernels.knows, by_kernels, by_torch, x, casts, keep_col)
-    return by_torch(x, *casts, keep_col)
+        return cast_where(kernels.knows, ours, other, x, casts, keep_col)
+    return other(x, *casts, keep_col)
 
 
 def _by_torch(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool) -> tuple:

@@ -10,6 +10,7 @@ hardware.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -94,23 +95,25 @@ def _quantize(x: Tensor, cast: Cast) -> Operand:
     return _operand([packed.codes, swizzle(packed.scales), packed.tensor_scale], cast)
 
 
-def _cast_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Operand | None, Operand | None]:
+def _cast_both(
+    x: Tensor, row: Cast | None, col: Cast | None, signs: Tensor | None = None
+) -> tuple[Operand | None, Operand | None]:
     """x along K and xᵀ along M, by the Triton kernels where they run and know the cast."""
     if row is None and col is None:
         return None, None
     if x.shape[1] % 16:
         raise ValueError(f"FP4 operands are made of [M, K] with K a multiple of 16, not {tuple(x.shape)}; pad it")
-    return bf16.by_kernels_or_torch(_by_kernels, _by_torch, x, (row, col), False)
+    return bf16.by_kernels_or_torch(_by_kernels, _by_torch, x, (row, col), False, signs)
 
 
 def _by_torch(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool) -> tuple:
     return row and _quantize(x, row), col and _quantize(transposed(x, col), col)
 
 
-def _by_kernels(x: Tensor, row: Cast | None, col: Cast | None) -> tuple:
+def _by_kernels(x: Tensor, row: Cast | None, col: Cast | None, signs: Tensor | None) -> tuple:
     ops = bf16.kernels.ops
     outs = [ops.CODES_SWIZZLED if c else ops.NOTHING for c in (row, col)]
-    rows, columns = bf16.kernels.quantize_both(x, row, outs[0], col, outs[1])
+    rows, columns = bf16.kernels.quantize_both(x, row, outs[0], col, outs[1], signs)
     return row and _operand(rows, row), col and _operand(columns, col)
 
 
@@ -121,9 +124,10 @@ def _operand(tensors: list[Tensor], cast: Cast) -> Operand:
     return Operand(codes, scales.view(E4M3.dtype), tensor_scale, cast)
 
 
-def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: bool = False):
+def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: bool = False, signs=None):
     """x [M, K] quantized along K by `row`, xᵀ along M by `col`; None where not asked for. Packed either way."""
-    return cast_where(_is_fp4, _cast_both, bf16.cast, x, (row, col), keep_col)
+    ours, other = partial(_cast_both, signs=signs), partial(bf16.cast, signs=signs)
+    return cast_where(_is_fp4, ours, other, x, (row, col), keep_col)
 
 
 # ---------------------------------------------------------------------------- the product

@@ -13,6 +13,7 @@ zero aside.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -154,21 +155,23 @@ def _dtype(cast: Cast) -> torch.dtype:
     return cast.block_format.element.dtype or E4M3.dtype
 
 
-def cast_both(x: Tensor, row: Cast | None, col: Cast | None) -> tuple[Operand | None, Operand | None]:
+def cast_both(
+    x: Tensor, row: Cast | None, col: Cast | None, signs: Tensor | None = None
+) -> tuple[Operand | None, Operand | None]:
     """x along K and xᵀ along M, by the Triton kernels where they run and know the cast."""
     if row is None and col is None:
         return None, None
     if x.shape[1] % MULTIPLE:
         raise ValueError(f"FP8 operands are made of [M, K] with K a multiple of 16, not {tuple(x.shape)}; pad it")
-    return bf16.by_kernels_or_torch(_by_kernels, _by_torch, x, (row, col), False)
+    return bf16.by_kernels_or_torch(_by_kernels, _by_torch, x, (row, col), False, signs)
 
 
 def _by_torch(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool) -> tuple:
     return row and _quantize(x, row), col and _quantize(transposed(x, col), col)
 
 
-def _by_kernels(x: Tensor, row: Cast | None, col: Cast | None) -> tuple:
-    rows, columns = bf16.kernels.quantize_both(x, row, _written(row), col, _written(col))
+def _by_kernels(x: Tensor, row: Cast | None, col: Cast | None, signs: Tensor | None) -> tuple:
+    rows, columns = bf16.kernels.quantize_both(x, row, _written(row), col, _written(col), signs)
     return row and _operand(rows, row), col and _operand(columns, col)
 
 
@@ -188,12 +191,13 @@ def _exact(cast: Cast) -> bool:
     return one_scale(cast) or has_blocks(cast)
 
 
-def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: bool = False):
+def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: bool = False, signs=None):
     """x [M, K] quantized along K by `row`, xᵀ along M by `col`; None where not asked for.
 
     What is kept for backward is the FP8 operand itself: half of BF16's bytes, and no work before it is multiplied.
     """
-    return cast_where(_exact, cast_both, bf16.cast, x, (row, col), keep_col)
+    ours, other = partial(cast_both, signs=signs), partial(bf16.cast, signs=signs)
+    return cast_where(_exact, ours, other, x, (row, col), keep_col)
 
 
 # ---------------------------------------------------------------------------- the product

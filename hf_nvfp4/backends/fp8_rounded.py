@@ -10,6 +10,8 @@ rounded to BF16 first) in plain PyTorch, each row at the power of two that bring
 so that no token's values depend on another's; a BF16 operand too, if the one that it multiplies is quantized.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,10 @@ def _rounded_in(gemm: Gemm) -> list[Cast]:
 # ---------------------------------------------------------------------------- casts
 
 
-def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: bool = False):
+def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: bool = False, signs=None):
     """x [M, K] quantized along K by `row`, xᵀ along M by `col`; None where not asked for."""
-    return operand.cast_where(_by_fp8, fp8.cast_both, _cast, x, (row, col), keep_col)
+    ours, other = partial(fp8.cast_both, signs=signs), partial(_cast, signs=signs)
+    return operand.cast_where(_by_fp8, ours, other, x, (row, col), keep_col)
 
 
 def _by_fp8(cast: Cast) -> bool:
@@ -52,9 +55,9 @@ def _by_fp8(cast: Cast) -> bool:
     return fp8.one_scale(cast) or fp8.is_nvfp4(cast)
 
 
-def _cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool) -> tuple:
+def _cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool, signs: Tensor | None) -> tuple:
     """Casts to other formats. High precision stays: `multiply` knows whether it has to be rounded."""
-    found = bf16.cast(x, row, col, False)
+    found = bf16.cast(x, row, col, False, signs)
     return tuple(o if o is None or o.cast.block_format.high_precision else rounded(o) for o in found)
 
 

@@ -21,7 +21,7 @@ from hf_nvfp4.reference import Packed, QuantizedTensor, draw_seed, quantize_bloc
 
 def knows(cast: Cast) -> bool:
     """Whether a cast is for this file; the others are plain PyTorch's, on a GPU too."""
-    return cast.rounding != "eden" and cast.scale_rule != "rms" and cast.format not in ("nvfp4_128", "fp4")
+    return cast.scale_rule != "rms" and cast.format not in ("nvfp4_128", "fp4")
 
 
 def spec(cast: Cast) -> str:
@@ -37,7 +37,7 @@ def _text(cast: Cast) -> str:
         fmt.block or 0,
         fmt.scale.name if isinstance(fmt.scale, Element) else fmt.scale or "none",
         cast.square,
-        cast.rounding == "stochastic",
+        cast.rounding,
         cast.hadamard,
         cast.headroom,
         cast.outer == "row",
@@ -86,35 +86,45 @@ def quantize(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_ou
     """
     if largest is None:
         largest = amax(x, row, col)
-    seeds = [draw_seed(x.device) if c is not None and c.rounding == "stochastic" else None for c in (row, col)]
+    seeds = [draw_seed(x.device) if c is not None and c.rounding != "nearest" else None for c in (row, col)]
     texts = [None if c is None else spec(c) for c in (row, col)]
     out = ops.cast(x, largest, *seeds, texts[0], row_out, texts[1], col_out)
     split = _written(row, row_out)
     return [*_three(out[:split], row), *_three(out[split:], col)]
 
 
-def quantize_rows(x: Tensor, cast: Cast, how: int) -> list[Tensor | None]:
-    """`quantize` of one orientation: x along its last dimension, rotated on its own."""
+def quantize_rows(
+    x: Tensor, cast: Cast, how: int, across: bool = False, signs: Tensor | None = None
+) -> list[Tensor | None]:
+    """`quantize` of one orientation: x along its last dimension, or xᵀ if `across`, rotated on its own.
+
+    signs: seed of the rotation's drawn signs, or None for the fixed ones.
+    """
     largest = None
     if cast.outer == "bound":
         largest = x.abs().amax().float().reshape(1) * cast.hadamard**0.5
         cast = dataclasses.replace(cast, outer="tensor")
+    if across and not 0 < cast.hadamard <= ops.LARGEST_TRANSPOSED:
+        x, across = transposed(x, cast), False
     if cast.hadamard:
-        x, cast = ops.rotate(x, cast.hadamard), dataclasses.replace(cast, hadamard=0, signs="fixed")
+        x = ops.rotate(x, cast.hadamard, signs, across)
+        cast = dataclasses.replace(cast, hadamard=0, signs="fixed")
     return quantize(x.contiguous(), cast, how, None, NOTHING, largest)[:3]
 
 
-def quantize_both(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_out: int) -> tuple:
+def quantize_both(
+    x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_out: int, signs: Tensor | None = None
+) -> tuple:
     """`quantize` from one read if the kernels know both casts; else what they don't know is left to PyTorch.
 
     Returns the three tensors of each orientation, None for one not asked for.
     """
     if row is not None and (row.hadamard or row.outer == "row"):
-        rows = quantize_rows(x, row, row_out)
+        rows = quantize_rows(x, row, row_out, False, signs)
         return rows, quantize_both(x, None, NOTHING, col, col_out)[1]
-    if col is not None and (col.hadamard > 16 or col.outer == "row"):
+    if col is not None and (col.hadamard > 16 or col.outer == "row" or signs is not None):
         rows = quantize_both(x, row, row_out, None, NOTHING)[0]
-        return rows, quantize_rows(transposed(x, col), col, col_out)
+        return rows, quantize_rows(x, col, col_out, True, signs)
     if row is None and col is None:
         return None, None
     out = quantize(x, row, row_out, col, col_out)
@@ -135,12 +145,12 @@ def _three(written: list[Tensor], cast: Cast | None) -> list[Tensor | None]:
     return list(written) if len(written) == 3 else [written[0], None, written[1]]
 
 
-def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool):
+def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool, signs: Tensor | None = None):
     """Backend `bf16`'s cast: values, or packed for xᵀ if it is to be kept."""
     if row is not None and (row.block_format.high_precision or row.hadamard or row.outer == "row"):
-        return _alone(x, row), cast(x, None, col, keep_col)[1]
-    if col is not None and not _kernel_column(col, keep_col):
-        return cast(x, row, None, False)[0], _alone_transposed(x, col, keep_col)
+        return _alone(x, row, signs=signs), cast(x, None, col, keep_col)[1]
+    if col is not None and (signs is not None or not _kernel_column(col, keep_col)):
+        return cast(x, row, None, False)[0], _alone_transposed(x, col, keep_col, signs)
     if row is None and col is None:
         return None, None
     out = quantize(x, row, VALUES if row else NOTHING, col, (CODES_ACROSS if keep_col else VALUES) if col else NOTHING)
@@ -161,22 +171,25 @@ def _same_both_ways(cast: Cast) -> bool:
     return cast.square and cast.rounding == "nearest"
 
 
-def _alone(x: Tensor, cast: Cast, keep: bool = False) -> Operand | QuantizedTensor:
-    """x along its last dimension, with what the kernels leave to PyTorch done first."""
-    if is_plain(cast):
-        return plain(x, cast)
+def _alone(
+    x: Tensor, cast: Cast, keep: bool = False, across: bool = False, signs: Tensor | None = None
+) -> Operand | QuantizedTensor:
+    """x along its last dimension, or xᵀ if `across`, with what the kernels leave to PyTorch done first."""
     if cast.block_format.high_precision:
+        x = transposed(x, cast) if across else x
+        if is_plain(cast):
+            return plain(x, cast)
         blocks = quantize_blocks(x, cast)
         return Operand(blocks.values().to(cast.block_format.element.dtype), blocks.tensor_scale, cast)
-    out = quantize_rows(x, cast, CODES if keep else VALUES)
+    out = quantize_rows(x, cast, CODES if keep else VALUES, across, signs)
     return packed(*out, cast) if keep else Operand(out[0], out[2], cast)
 
 
-def _alone_transposed(x: Tensor, cast: Cast, keep: bool) -> Operand | QuantizedTensor:
+def _alone_transposed(x: Tensor, cast: Cast, keep: bool, signs: Tensor | None) -> Operand | QuantizedTensor:
     if _same_both_ways(cast) and not keep:
         square = _alone(transposed(x, cast).T, cast)
         return Operand(square.values.T, square.scale, cast)
-    return _alone(transposed(x, cast), cast, keep)
+    return _alone(x, cast, keep, True, signs)
 
 
 def packed(codes: Tensor, scales: Tensor, tensor_scale: Tensor, cast: Cast) -> QuantizedTensor:

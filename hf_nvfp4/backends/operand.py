@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_nvfp4.casts import Cast
+from hf_nvfp4.rounding import flip
 
 
 @dataclass
@@ -46,6 +47,13 @@ def transposed(x: Tensor, cast: Cast) -> Tensor:
     """
     missing = -x.shape[0] % max(16, cast.hadamard)
     return (F.pad(x, (0, 0, 0, missing)) if missing else x).T
+
+
+def flipped(x: Tensor, row: Cast | None, col: Cast | None, signs: Tensor | None) -> Tensor:
+    """x times the drawn signs of the one cast's rotation, along K for `row`, along M for `col`; x itself without."""
+    if signs is None or row is col is None:
+        return x
+    return flip(x, signs, row.hadamard, 1) if row is not None else flip(x, signs, col.hadamard, 0)
 
 
 def cast_where(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hf_nvfp4.backends.operand import Operand, is_plain, plain, rounded, transposed
+from hf_nvfp4.backends.operand import Operand, flipped, is_plain, plain, rounded, transposed
 from hf_nvfp4.casts import Cast
 from hf_nvfp4.language import Recipe
 from hf_nvfp4.reference import QuantizedTensor, pack, quantize_blocks
@@ -19,8 +19,9 @@ def exactness(recipe: Recipe) -> str:
     return "exact"
 
 
-def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False):
+def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False, signs: Tensor | None = None):
     """Both orientations as packed codes and scales."""
+    x = flipped(x, row, col, signs)
     return (
         None if row is None else _cast(x, row),
         None if col is None else _cast(transposed(x, col), col),

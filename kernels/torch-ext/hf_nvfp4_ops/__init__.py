@@ -2,6 +2,7 @@
 
 from .blas import unfit
 from .ops import amax, cast, dequantize, padded, rotate, scaled_matmul
+from .rotate import LARGEST_TRANSPOSED
 from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Spec, spec_text
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "CODES_ACROSS",
     "CODES_SWIZZLED",
     "FP8",
+    "LARGEST_TRANSPOSED",
     "NOTHING",
     "VALUES",
     "Spec",

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .conversion import e2m1_words, e4m3_words, e4m3_words_of_pairs, pack
+from .eden import corrected
 from .numerics import (
     INTERPRETED,
     as_float,
@@ -211,6 +212,8 @@ def _cast_tile(v, rows, groups, amax, seed_ptr, codes_ptr, scales_ptr, M, K,
     # What FP8 bytes hold fits by the rule, or is saturated when converted.
     SATURATE: tl.constexpr = OUT != 5 or P.rule != "fp8_exact"
     inverse, scale, scale_code, value = block_scales(v, amax, SATURATE, P, tall)
+    if P.eden:
+        scale, scale_code = corrected(v * inverse[:, :, None], scale, rows, groups, seed_ptr, SATURATE, P)
     if BY_INSTRUCTION:
         random = random_words(rows, groups, seed_ptr) if P.stochastic else v
         words = e2m1_words(v * inverse[:, :, None], random, P.stochastic)

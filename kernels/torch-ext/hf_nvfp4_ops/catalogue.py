@@ -6,18 +6,19 @@ from .cast import amax_kernel, cast_kernel
 from .conversion import NONE, STOCHASTIC, TO_NEAREST
 from .dequantize import dequantize_kernel, factors_kernel
 from .launch import OPTIONS, tile_for, tile_for_values
-from .rotate import NUM_WARPS, constants, rotate_kernel
+from .rotate import NUM_WARPS, NUM_WARPS_TRANSPOSED, constants, rotate_kernel, rotate_transposed_kernel
 from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Plan, Spec, plan
 from .variants import Variant
 
 _NVFP4 = Spec()
-_SR = Spec(stochastic=True)
+_SR = Spec(rounding="stochastic")
 _2D = Spec(square=True)
-_RHT, _RHT_SR = Spec(hadamard=16), Spec(hadamard=16, stochastic=True)
+_RHT, _RHT_SR = Spec(hadamard=16), Spec(hadamard=16, rounding="stochastic")
 _FP8, _FP8_2D = Spec("e4m3", 128, "float32"), Spec("e4m3", 128, "float32", square=True)
 _E4M3, _E5M2 = Spec("e4m3", 0, "none"), Spec("e5m2", 0, "none")
 _EXACT, _EXACT_2D = Spec(scale_rule="fp8_exact"), Spec(scale_rule="fp8_exact", square=True)
-_EXACT_SR = Spec(scale_rule="fp8_exact", stochastic=True)
+_EXACT_SR = Spec(scale_rule="fp8_exact", rounding="stochastic")
+_EDEN, _EDEN_EXACT = Spec(rounding="eden"), Spec(rounding="eden", scale_rule="fp8_exact")
 _MXFP4, _MXFP8 = Spec("e2m1", 32, "e8m0"), Spec("e4m3", 32, "e8m0")
 
 # name: row's Spec and output, col's.
@@ -32,10 +33,14 @@ _CASTS = {
     "nvfp4_native_dy": (_SR, CODES_SWIZZLED, _RHT_SR, CODES_SWIZZLED),
     "nvfp4_4over6": (Spec(scale_rule="4over6"), VALUES, Spec(scale_rule="4over6", square=True), CODES),
     "nvfp4_best": (Spec(scale_rule="best"), VALUES, Spec(scale_rule="best"), CODES),
+    "eden": (_EDEN, VALUES, None, NOTHING),
+    "eden_packed": (_EDEN, CODES, None, NOTHING),
+    "eden_native": (_EDEN, CODES_SWIZZLED, None, NOTHING),
+    "eden_exact": (_EDEN_EXACT, VALUES, None, NOTHING),
     "fp8_x": (_FP8, VALUES, _FP8, CODES_ACROSS),
     "fp8_w": (_FP8_2D, VALUES, None, NOTHING),
     "fp8_tensor": (_E5M2, VALUES, _E4M3, CODES_ACROSS),
-    "mxfp4": (_MXFP4, VALUES, _MXFP4._replace(stochastic=True, headroom=4 / 3), VALUES),
+    "mxfp4": (_MXFP4, VALUES, _MXFP4._replace(rounding="stochastic", headroom=4 / 3), VALUES),
     "mxfp8": (_MXFP8._replace(scale_rule="ceil"), VALUES, _MXFP8, CODES),
 }
 # The same with E4M3 bytes, of which sm_80 has no type.
@@ -44,10 +49,12 @@ _FP8_CASTS = {
     "fp8_exact_w": (_EXACT_2D, FP8, None, NOTHING),
     "fp8_exact_w_across": (None, NOTHING, _EXACT_2D, FP8),
     "fp8_exact_dy": (_EXACT_SR, FP8, _EXACT_SR._replace(hadamard=16, bound=True), FP8),
+    "fp8_exact_eden": (_EDEN_EXACT, FP8, None, NOTHING),
     "fp8_rounded": (_NVFP4, FP8, _RHT, FP8),
+    "fp8_rounded_eden": (_EDEN, FP8, None, NOTHING),
 }
 # Those of them whose codes come from conversion instructions where there are some, and what their PTX then has.
-_TO_NEAREST = ("nvfp4_x", "nvfp4_packed", "nvfp4_native_x", "nvfp4_native_w", "nvfp4_best")
+_TO_NEAREST = ("nvfp4_x", "nvfp4_packed", "nvfp4_native_x", "nvfp4_native_w", "nvfp4_best", "eden_native")
 _CVT_RN, _CVT_RS = r"cvt\.rn\.satfinite\.e2m1x2\.f32", r"cvt\.rs\.satfinite\.e2m1x4\.f32"
 
 
@@ -101,14 +108,21 @@ def _dequantize(name: str, spec: Spec, across: bool) -> Variant:
     return Variant(f"dequantize_{name}", dequantize_kernel, types, constexprs, options, ("M", "K"))
 
 
-def _rotate(size: int) -> Variant:
-    types = {"x_ptr": "*bf16", "out_ptr": "*bf16", "blocks": "i32"}
-    options = {"num_warps": NUM_WARPS, **OPTIONS}
-    return Variant(f"rotate_{size}", rotate_kernel, types, constants(size), options, ("blocks",))
+def _rotate(size: int, drawn: bool = False, transposed: bool = False) -> Variant:
+    kernel = rotate_transposed_kernel if transposed else rotate_kernel
+    integers = ("M", "K", "stride", "M_PADDED") if transposed else ("blocks",)
+    types = {"x_ptr": "*bf16", "out_ptr": "*bf16"} | {name: "i32" for name in integers}
+    constexprs = constants(size, drawn, transposed) | ({} if drawn else {"seed_ptr": None})
+    types |= {"seed_ptr": "*i32"} if drawn else {}
+    options = {"num_warps": NUM_WARPS_TRANSPOSED if transposed else NUM_WARPS, **OPTIONS}
+    name = f"rotate_{size}" + "_transposed" * transposed + "_drawn" * drawn
+    return Variant(name, kernel, types, constexprs, options, integers)
 
 
 VARIANTS = [
     *map(_rotate, (32, 128, 4096)),
+    _rotate(128, drawn=True),
+    *(_rotate(size, drawn, transposed=True) for size in (32, 128, 256) for drawn in (False, True)),
     _amax("tensor", 0),
     _amax("both", 16),
     *(_cast(name, *arguments) for name, arguments in _CASTS.items()),

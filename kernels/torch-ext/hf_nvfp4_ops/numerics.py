@@ -83,13 +83,27 @@ def mix(h):
 
 
 @triton.jit
+def fold(h):
+    """The halves of h · 0x9E3779B1, 64 bits, one over the other: the reference's `_fold`."""
+    return h * 0x9E3779B1 ^ tl.umulhi(h, tl.full(h.shape, 0x9E3779B1, tl.uint32))
+
+
+@triton.jit
 def random_words(rows, groups, seed_ptr):
     """uint32 [R, B, 4]: 32 random bits for each four elements of [R, B, 16]."""
     words = groups[:, None] * 4 + tl.arange(0, 4)[None, :]
     by_row = mix((rows ^ tl.load(seed_ptr)).to(tl.uint32, bitcast=True))
     by_word = mix((~words ^ tl.load(seed_ptr + 1)).to(tl.uint32, bitcast=True))
-    h = by_row[:, None, None] ^ by_word[None, :, :]
-    return h * 0x9E3779B1 ^ tl.umulhi(h, tl.full(h.shape, 0x9E3779B1, tl.uint32))
+    return fold(by_row[:, None, None] ^ by_word[None, :, :])
+
+
+@triton.jit
+def random_bytes(rows, columns, seed_ptr):
+    """int32 [R, B]: the reference's random byte of each (row, column)."""
+    by_row = mix((rows ^ tl.load(seed_ptr)).to(tl.uint32, bitcast=True))
+    by_word = mix((~(columns >> 2) ^ tl.load(seed_ptr + 1)).to(tl.uint32, bitcast=True))
+    place = ((columns & 1) * 16 + (columns >> 1 & 1) * 8).to(tl.uint32)
+    return ((fold(by_row[:, None] ^ by_word[None, :]) >> place[None, :]) & 0xFF).to(tl.int32)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
     amax(x, row, col_hadamard)                           largest magnitudes, FP32 [2]
     cast(x, amax, seeds, row, row_out, col, col_out)     both orientations of x, quantized
     dequantize(codes, scales, spec)                      BF16 code × block scale
-    rotate(x, size)                                      BF16 random Hadamard transform
+    rotate(x, size, seed, transposed)                    BF16 random Hadamard transform, of x or xᵀ
     scaled_matmul(a, b, scale_a, scale_b, bias, dtype)   scale_a · scale_b · a @ b.T + bias
 
 Specs travel as text, see spec.py. The operators' namespace is this package's name, so that several versions can be
@@ -20,12 +20,19 @@ from . import blas
 from .cast import amax_kernel, cast_kernel
 from .dequantize import dequantize_kernel, factors_kernel
 from .launch import INTERPRETED, Launcher, Tile, hardware, on, processors, tile_for, tile_for_values
-from .rotate import NUM_WARPS, constants, rotate_kernel
+from .rotate import (
+    LARGEST_TRANSPOSED,
+    NUM_WARPS,
+    NUM_WARPS_TRANSPOSED,
+    constants,
+    rotate_kernel,
+    rotate_transposed_kernel,
+)
 from .spec import CODES_ACROSS, CODES_SWIZZLED, FP8, NAMESPACE, NOTHING, VALUES, Plan, plan
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AMAX, _CAST, _DEQUANTIZE, _FACTORS = map(Launcher, (amax_kernel, cast_kernel, dequantize_kernel, factors_kernel))
-_ROTATE = Launcher(rotate_kernel)
+_ROTATE, _ROTATE_TRANSPOSED = map(Launcher, (rotate_kernel, rotate_transposed_kernel))
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,11 +51,11 @@ def _operator(schema: str, fake: Callable) -> Callable:
     return decorate
 
 
-def _check(x: Tensor) -> Tensor:
+def _check(x: Tensor, multiple: int = 16) -> Tensor:
     """x with contiguous rows, or an error in words."""
     if x.dim() != 2 or x.dtype not in _FLOATS:
         raise TypeError(f"the kernels take [M, K] in float32, bfloat16 or float16, not {tuple(x.shape)} in {x.dtype}")
-    if x.shape[1] % 16:
+    if x.shape[1] % multiple:
         raise ValueError(f"the kernels take [M, K] with K a multiple of 16; this is {tuple(x.shape)}. Pad with zeros.")
     if max(x.shape) > 2**31 - 2**16:
         raise ValueError(f"{tuple(x.shape)}: a row number and a column number have 31 bits in the kernels; split x")
@@ -112,28 +119,48 @@ def amax(x: Tensor, row: bool, col_hadamard: int) -> Tensor:
 # ---------------------------------------------------------------------------- rotate
 
 
-@_operator(
-    "rotate(Tensor x, int size) -> Tensor", fake=lambda x, size: torch.empty_like(x, dtype=torch.bfloat16).contiguous()
-)
-def rotate(x: Tensor, size: int) -> Tensor:
+def _rotated_like(x: Tensor, size: int, seed: Tensor | None = None, transposed: bool = False) -> Tensor:
+    m, k = x.shape
+    length = max(16, size)
+    return x.new_empty((k, -(-m // length) * length) if transposed else (m, k), dtype=torch.bfloat16)
+
+
+@_operator("rotate(Tensor x, int size, Tensor? seed=None, bool transposed=False) -> Tensor", fake=_rotated_like)
+def rotate(x: Tensor, size: int, seed: Tensor | None = None, transposed: bool = False) -> Tensor:
     """Random Hadamard transform of blocks of `size` along the last dimension of x [M, K]: BF16 [M, K].
 
     size: a power of two from 2 to 8192 that divides K. For transforms of up to 16, `cast` has its own.
+    seed: int32 [2], of more signs that x is multiplied by: those of hf_nvfp4's `flip`.
+    transposed: of xᵀ, M padded with zeros to a multiple of size and of 16: BF16 [K, M']; size up to 256.
     """
-    x = _check(x).contiguous()
-    if size not in [2**i for i in range(1, 14)] or x.shape[1] % size:
-        raise ValueError(f"rotate: size {size} for K={x.shape[1]}; it takes powers of two up to 8192 that divide K")
-    out = torch.empty_like(x, dtype=torch.bfloat16)
-    blocks, arguments = x.numel() // size, _rotate_constants(size)
-    if blocks:
-        with on(x.device):
-            _ROTATE(-(-blocks // arguments[-1]), (x, out), (blocks,), arguments, NUM_WARPS)
+    x = _check(x, 1 if transposed else 16)
+    m, k = x.shape
+    sizes = [2**i for i in range(1, (LARGEST_TRANSPOSED if transposed else 8192).bit_length())]
+    if size not in sizes or not transposed and k % size:
+        divide = f" transposed; it takes powers of two up to {sizes[-1]}" if transposed else (
+            f" for K={k}; it takes powers of two up to {sizes[-1]} that divide K")  # fmt: skip
+        raise ValueError(f"rotate: size {size}{divide}")
+    if seed is not None:
+        _check_like("seed", seed, x, torch.int32, (2,))
+    out = _rotated_like(x, size, seed, transposed)
+    arguments = _rotate_constants(size, seed is not None, transposed)
+    rows = arguments[3]
+    if not out.numel():
+        return out
+    with on(x.device):
+        if transposed:
+            programs = out.shape[1] // size * -(-k // rows)
+            integers = (m, k, x.stride(0), out.shape[1])
+            _ROTATE_TRANSPOSED(programs, (x, seed, out), integers, arguments, NUM_WARPS_TRANSPOSED)
+        else:
+            blocks = x.numel() // size
+            _ROTATE(-(-blocks // rows), (x.contiguous(), seed, out), (blocks,), arguments, NUM_WARPS)
     return out
 
 
 @functools.cache
-def _rotate_constants(size: int) -> tuple:
-    return tuple(constants(size).values())
+def _rotate_constants(size: int, drawn: bool, transposed: bool) -> tuple:
+    return tuple(constants(size, drawn, transposed).values())
 
 
 # ---------------------------------------------------------------------------- cast
@@ -204,7 +231,7 @@ def cast(
         x: FP32, BF16 or FP16, K a multiple of 16.
         amax: FP32 [2], as the operator `amax` gives them, or the first alone if col has a `bound` or no need of one;
             FP32 [M] if `row` has per-row scales.
-        row_seed, col_seed: int32 [2] for stochastic rounding.
+        row_seed, col_seed: int32 [2] for roundings that draw.
         row, col: text of a Spec, or None.
         row_out, col_out: 0 nothing, 1 BF16 values (code × block scale), 2 packed codes and scales, 3 the same with
             the scales padded and swizzled for tensor cores, 4 the same block after block, 5 E4M3 bytes of code ×
@@ -226,8 +253,8 @@ def cast(
     one = amax.shape == (1,) and col_plan.amax_at == 0
     _check_like("amax", amax, x, torch.float32, (m,) if row_plan.per_row else (1,) if one else (2,))
     for name, p, seed in (("row_seed", row_plan, row_seed), ("col_seed", col_plan, col_seed)):
-        if p.stochastic and seed is None:
-            raise ValueError(f"{name}: stochastic rounding needs a seed, int32 [2]")
+        if (p.stochastic or p.eden) and seed is None:
+            raise ValueError(f"{name}: rounding that draws needs a seed, int32 [2]")
         if seed is not None:
             _check_like(name, seed, x, torch.int32, (2,))
     row_outputs = _outputs(x, m, k, row_plan, row_out, False)

@@ -165,6 +165,9 @@ def round_scale(v, P: tl.constexpr):
     E4M3: tl.constexpr = P.scale_grid
     if P.rule == "fp8_exact":
         return round_fp8_exact(v, P.stochastic)
+    elif P.eden:  # not zero: what this makes too large is corrected
+        value, code = round_positive(v, E4M3)
+        return tl.maximum(value, 0.001953125, propagate_nan=ALL), code
     else:
         return round_positive(v, E4M3)
 

@@ -14,6 +14,7 @@ NAMESPACE = re.sub(r"\W", "_", __package__ or "hf_nvfp4_ops")
 # ACROSS: codes and scales of 16 neighbours together, block after block, as x lies in memory. FP8: E4M3 bytes of code ×
 # block scale, exact under the rule "fp8_exact"; else an eighth of it, rounded, and 8 times the FP32 scale above.
 NOTHING, VALUES, CODES, CODES_SWIZZLED, CODES_ACROSS, FP8 = range(6)
+ROUNDINGS = ("nearest", "stochastic", "eden")
 ELEMENT_MAX = {"e2m1": 6.0, "e4m3": 448.0, "e5m2": 57344.0}
 SCALES = ("e4m3", "e8m0", "float32", "none")
 
@@ -22,10 +23,10 @@ SCALES = ("e4m3", "e8m0", "float32", "none")
 _TYPES = {str: str, int: int, float: float, bool: lambda text: bool(int(text))}
 
 
-def spec_text(element, block, scale, square, stochastic, hadamard, headroom, per_row, bound, scale_rule) -> str:
+def spec_text(element, block, scale, square, rounding, hadamard, headroom, per_row, bound, scale_rule) -> str:
     """A Spec's text from its fields. A function of its own, which Dynamo traces on every version of torch."""
     return (
-        f"element={element} block={block} scale={scale} square={int(square)} stochastic={int(stochastic)} "
+        f"element={element} block={block} scale={scale} square={int(square)} rounding={rounding} "
         f"hadamard={hadamard} headroom={headroom} per_row={int(per_row)} bound={int(bound)} scale_rule={scale_rule}"
     )
 
@@ -36,7 +37,9 @@ class Spec(NamedTuple):
     element: "e2m1", "e4m3" or "e5m2".
     block: elements along K that share a scale: 16, 32, 64 or 128; 0: none do.
     scale: type of the block scales, one of SCALES. "e4m3" and "none" have an FP32 tensor scale above them.
-    square: blocks of block × block elements. stochastic: rounding; else to nearest, ties to even.
+    square: blocks of block × block elements.
+    rounding: "nearest" (ties to even), "stochastic", or "eden" (MS-EDEN, arXiv 2601.22813, of 1×16 blocks of "e2m1"
+        under "e4m3"): to nearest, then each block's scale is corrected and rounded stochastically, see eden.py.
     hadamard: size of the random Hadamard transform along K that comes first (2, 4, 8 or 16); 0: none.
     headroom: factor on the scales. per_row: the FP32 scale is one for each row. bound: it follows from the amax before
         the Hadamard transform, times the square root of its size.
@@ -48,7 +51,7 @@ class Spec(NamedTuple):
     block: int = 16
     scale: str = "e4m3"
     square: bool = False
-    stochastic: bool = False
+    rounding: str = "nearest"
     hadamard: int = 0
     headroom: float = 1.0
     per_row: bool = False
@@ -80,7 +83,9 @@ class Spec(NamedTuple):
         rules = RULES.get(self.scale, ("amax",))
         if self.scale_rule not in rules:
             raise ValueError(f"scale rule {self.scale_rule!r} with scale {self.scale!r}; it has {', '.join(rules)}")
-        if self.scale_rule in _OTHER_SCALES and self.scale_rule != "fp8_exact" and self.stochastic:
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding {self.rounding!r}; the kernels know {', '.join(ROUNDINGS)}")
+        if self.scale_rule in _OTHER_SCALES and self.scale_rule != "fp8_exact" and self.rounding != "nearest":
             raise ValueError(f"scale rule {self.scale_rule!r} measures the error of rounding to nearest")
         if not isinstance(self.headroom, (int, float)) or not self.headroom >= 1:
             raise ValueError(f"headroom={self.headroom!r}; give a number of at least 1")
@@ -90,6 +95,10 @@ class Spec(NamedTuple):
             raise ValueError(f"blocks of {self.block} with scale {self.scale!r}; the kernels know 16, 32, 64 and 128")
         if self.bound and (not self.hadamard or self.scale not in ("e4m3", "none")):
             raise ValueError("bound: there is a bound where a Hadamard transform comes before an FP32 scale")
+        if self.rounding == "eden" and (self.element, self.block, self.scale, self.headroom) != ("e2m1", 16, "e4m3", 1):
+            raise ValueError("rounding 'eden' is for blocks of 16 of e2m1 under e4m3 scales, without headroom")
+        if self.rounding == "eden" and self.square:
+            raise ValueError("rounding 'eden' corrects the scales of 1×16 blocks; square blocks have others")
         if self.square and (self.hadamard or self.per_row):
             raise ValueError("square blocks are the same along both dimensions; rotations and row scales are not")
 
@@ -154,7 +163,8 @@ class Plan(NamedTuple):
     scale: str = "none"
     rule: str = "amax"
     square: bool = False
-    stochastic: bool = False
+    stochastic: bool = False  # the elements are rounded so
+    eden: bool = False  # the scales are corrected, and rounded so
     hadamard: int = 0
     hadamard_factor: float = 1.0
     per_row: bool = False
@@ -176,6 +186,8 @@ class Plan(NamedTuple):
 _OTHER_SCALES = {"4over6": (1.5,), "4over6_mse": (1.5,), "best": (-1, 1, 4, 5, 6), "fp8_exact": (1.5,)}
 # The largest block scale: where another than the amax's may be chosen, there is room above that; and 6 · 64 fits E4M3.
 _SCALE_MAX = {"4over6": 256.0, "4over6_mse": 256.0, "best": 256.0, "fp8_exact": 64.0}
+# Under rounding "eden": what a block's largest magnitude becomes, and the largest scale before it is corrected.
+_EDEN = {"amax": (6 * 16 / (17 * 0.93), 256.0), "fp8_exact": (6.0, 48.0)}
 RULES = {"e4m3": ("amax", *_OTHER_SCALES), "e8m0": ("amax", "ceil")}
 
 
@@ -186,9 +198,11 @@ def plan(text: str | None) -> Plan:
         return Plan(False)
     spec = Spec.parse(text)
     element = GRIDS[spec.element]
-    top = _SCALE_MAX.get(spec.scale_rule, 448.0)
+    most, top = element.max, _SCALE_MAX.get(spec.scale_rule, 448.0)
+    if spec.rounding == "eden":
+        most, top = _EDEN[spec.scale_rule]
     ceil = spec.scale_rule == "ceil"
-    chooses = not spec.stochastic  # "fp8_exact" rounds the scale up then
+    chooses = spec.rounding == "nearest"
     return Plan(
         True,
         grid=element,
@@ -196,16 +210,17 @@ def plan(text: str | None) -> Plan:
         scale=spec.scale,
         rule=spec.scale_rule,
         square=spec.square,
-        stochastic=spec.stochastic,
+        stochastic=spec.rounding == "stochastic",  # "fp8_exact" rounds the scale up then
+        eden=spec.rounding == "eden",
         hadamard=spec.hadamard,
         hadamard_factor=spec.hadamard**-0.5 if spec.hadamard else 1.0,
         per_row=spec.per_row,
         bound=spec.hadamard**0.5 if spec.bound else 1.0,
         amax_at=0 if spec.bound or spec.scale in ("e8m0", "float32") else 1,
         headroom=spec.headroom,
-        element_share=spec.headroom / element.max,
-        element_room=element.max / spec.headroom,
-        largest=element.max * (top if spec.scale == "e4m3" else 1.0) / spec.headroom,
+        element_share=spec.headroom / most,
+        element_room=most / spec.headroom,
+        largest=most * (top if spec.scale == "e4m3" else 1.0) / spec.headroom,
         largest_exponent=int(element.max).bit_length() - 1,
         carry=int((2 - element.max / 2.0 ** (int(element.max).bit_length() - 1)) * 2**23) - 1 if ceil else 0,
         shrink=1 / spec.headroom,
