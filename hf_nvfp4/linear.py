@@ -49,7 +49,10 @@ class Plan(NamedTuple):
 
     def for_backward(self, casts: Casts | None, x: Tensor, how: Cast) -> Tensor:
         """What backward casts of an operand that the forward cast as `how` says: x, or what that multiplied."""
-        return self.cast(casts, x, how, None)[0].dequantize(self.dtype) if self.recipe.from_forward else x
+        if not self.recipe.from_forward:
+            return x
+        # A backend's operand may have more columns, of zeros.
+        return self.cast(casts, x, how, None)[0].dequantize(self.dtype)[:, : x.shape[1]]
 
     def draw_signs(self, gemm: Gemm, dy: Tensor) -> Tensor | None:
         """`gemm.draw_signs`, once in a compiled graph too."""

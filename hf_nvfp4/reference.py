@@ -37,6 +37,7 @@ from hf_nvfp4.rounding import (
     grid_step,
     pack_nibbles,
     random_bytes,
+    rescaled,
     rotate,
     round_to,
     sum16,
@@ -400,8 +401,7 @@ class QuantizedTensor(Packed):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[M, K] in `dtype`, still in the rotated basis if the cast rotates. float64 multiplies without rounding."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return (self.values().to(wide) * self.tensor_scale.to(wide)).to(dtype)
+        return rescaled(self.values(), self.tensor_scale, dtype)
 
     def __repr__(self) -> str:
         return f"QuantizedTensor({self.shape[0]}×{self.shape[1]}, {self.cast}, {self.codes.device})"

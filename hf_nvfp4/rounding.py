@@ -63,6 +63,12 @@ def _code_offset(element: Element) -> int:
     return 127 + round(math.log2(element.min_normal)) - 1 << element.mantissa_bits
 
 
+def rescaled(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """values × FP32 scale, rounded once to dtype."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (values.to(wide) * scale.to(wide)).to(dtype)
+
+
 def encode(values: Tensor, element: Element) -> Tensor:
     """uint8 codes, one a byte, of FP32 values on the element's grid.
 
@@ -70,7 +76,7 @@ def encode(values: Tensor, element: Element) -> Tensor:
     """
     if element.dtype is not None:
         codes = values.to(element.dtype).view(torch.uint8)
-        negative_nan = (codes == 0xFF).view(torch.uint8)
+        negative_nan = (codes == 0xFF).to(torch.uint8)
         return codes.bitwise_xor_(negative_nan * 0x80)
     values = values.nan_to_num(element.max)
     # Exponent and mantissa are adjacent in FP32 too: shift them down and move the exponent's bias.

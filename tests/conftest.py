@@ -1,5 +1,6 @@
 """Shared fixtures: the bit-exact vectors, where the checkout has them beside it."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _fresh():
+    """The same draws, and nothing compiled: sizes that another test had would make a graph of any size, slowly."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from fp4_stand_in import (
     unswizzled,
 )
 
-from hf_nvfp4 import RECIPES, Cast, NVFP4Linear, Recipe
+from hf_nvfp4 import RECIPES, Cast, NVFP4Linear, Recipe, quantize
 from hf_nvfp4.backends import BACKENDS, bf16, fp4, fp4_triton, reference
 from hf_nvfp4.gemm import backend_name
 
@@ -139,6 +139,16 @@ def bits(t):
     return t.view(-1).view(torch.uint8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_operands_are_dequantized_to_the_same_bits_on_every_backend(dtype):
+    x = torch.randn(208, 336)  # scales in two tiles each way, codes padded to 352 columns
+    for cast in (RN, RN_2D, Cast(outer="row")):
+        expected = quantize(x, cast).dequantize(dtype)
+        for backend in (fp4, bf16, reference):
+            got = backend.cast(x, cast, None)[0].dequantize(dtype)
+            assert torch.equal(got[:, :336], expected) and not got[:, 336:].any()
+
+
 def test_an_operand_is_small_and_rebuilt_from_its_tensors():
     x = torch.randn(256, 512).bfloat16()
     for operand in fp4.cast(x, RN, RN_H, keep_col=True):
@@ -205,7 +215,7 @@ def test_refuses_what_the_hardware_has_not(blackwell):
 # ---------------------------------------------------------------------------- training
 
 @pytest.mark.parametrize("tokens", [1, 7, 33, 128, 257])
-@pytest.mark.parametrize("recipe", [NEAREST, "nvfp4", "nvfp4_unbiased"], ids=str)
+@pytest.mark.parametrize("recipe", [NEAREST, "nvfp4", "nvfp4_unbiased", "quartet2", "nvfp4_best"], ids=str)
 def test_trains_as_the_reference_does(blackwell, recipe, tokens):
     x, dy = torch.randn(tokens, 48), torch.randn(tokens, 80)  # 48 and 80 are no multiples of 32
     ours, theirs = layers(recipe, "fp4", (48, 80))

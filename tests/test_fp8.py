@@ -312,7 +312,6 @@ def test_a_tiny_llama_trains(hopper, build, llama_config):
 @pytest.mark.parametrize("recipe", [NEAREST, "fp8_tensor", "fp8"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiles_into_one_graph(ready, recipe, dtype, backend):
-    torch._dynamo.reset()  # a few graphs a function are its limit
     layer = NVFP4Linear(64, 96, recipe=recipe, backend="fp8", dtype=dtype)
     x, dy = torch.randn(33, 64, dtype=dtype), torch.randn(33, 96, dtype=dtype)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)

@@ -110,7 +110,7 @@ def test_block_scales_of_every_size(device, rule, rounding, outer):
     cast = Cast(scale_rule=rule, rounding=rounding, outer=outer)
     cases.compare(x, cast, CODES)
     scales = cases.expected(x, cast, cases.random_seed(device), False).quantized.scales.view(torch.uint8)
-    assert len(scales.unique()) > (36 if rule == "fp8_exact" else 115)
+    assert len(scales.unique()) > (36 if rule == "fp8_exact" else 110)  # of which corrections skip some
 
 
 @pytest.mark.parametrize("rule", LIMITS)

@@ -22,7 +22,7 @@ from hf_nvfp4.backends.operand import cast_where, finished, inner_and_outer, tra
 from hf_nvfp4.casts import Cast
 from hf_nvfp4.formats import E2M1, E4M3
 from hf_nvfp4.language import Recipe
-from hf_nvfp4.reference import Packed, pack, quantize_blocks
+from hf_nvfp4.reference import Packed, QuantizedTensor, pack, quantize_blocks
 
 CAPABILITIES = ((10, 0), (12, 0))
 # cuBLAS wants rows of codes in multiples of 16 bytes (K: 32), torch rows of the result in multiples of 16 (N).
@@ -41,6 +41,12 @@ class Operand(Packed):
     scales: float8_e4m3fn [M, K/16], zeros up to multiples of 128 and 4, swizzled.
     tensor_scale: FP32 scalar, or [M, 1] with per-row scales.
     """
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """[M, K] in dtype, the zero columns with it: the reference's, bit for bit."""
+        rows, columns = self.codes.shape
+        scales = unswizzle(self.scales, rows, columns // 8)
+        return QuantizedTensor(self.codes, scales, self.tensor_scale, self.cast).dequantize(dtype)
 
 
 # ---------------------------------------------------------------------------- what runs here
@@ -87,6 +93,12 @@ def swizzle(scales: Tensor) -> Tensor:
     rows, columns = padded.shape
     tiles = padded.view(rows // 128, 4, 32, columns // 4, 4).permute(0, 3, 2, 1, 4)
     return tiles.reshape(rows, columns).view(scales.dtype)
+
+
+def unswizzle(scales: Tensor, rows: int, columns: int) -> Tensor:
+    """`swizzle` undone: [rows, columns]."""
+    tiles = scales.view(-1, scales.shape[1] // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(scales.shape)[:rows, :columns]
 
 
 def _quantize(x: Tensor, cast: Cast) -> Operand:

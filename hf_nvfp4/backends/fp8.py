@@ -26,6 +26,7 @@ from hf_nvfp4.casts import Cast
 from hf_nvfp4.formats import E2M1, E4M3, E5M2
 from hf_nvfp4.language import Recipe
 from hf_nvfp4.reference import quantize_blocks
+from hf_nvfp4.rounding import rescaled
 
 CAPABILITY = (8, 9)
 # Block scales: cuBLAS has their GEMMs on this architecture, from this version of CUDA on.
@@ -58,11 +59,10 @@ class Operand:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[M, K] with all scales multiplied out, in dtype: the reference's, bit for bit."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
         values = self.values.float()
         if self.scales is not None:
             values = values * self.scales.repeat_interleave(BLOCK, 1)[:, : values.shape[1]]
-        return (values.to(wide) * self.scale.to(wide)).to(dtype)
+        return rescaled(values, self.scale, dtype)
 
 
 # ---------------------------------------------------------------------------- what runs here

@@ -17,6 +17,7 @@ from hf_nvfp4.casts import Cast
 from hf_nvfp4.formats import Element
 from hf_nvfp4.ops import CODES, CODES_ACROSS, FP8, NOTHING, VALUES
 from hf_nvfp4.reference import Packed, QuantizedTensor, draw_seed, quantize_blocks
+from hf_nvfp4.rounding import rescaled
 
 
 def knows(cast: Cast) -> bool:
@@ -58,7 +59,7 @@ class Kept(Packed):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[K, M] with all scales multiplied out, in dtype."""
-        return values(self).to(dtype) * self.tensor_scale.to(dtype)
+        return rescaled(values(self), self.tensor_scale, dtype)
 
 
 def amax(x: Tensor, row: Cast | None, col: Cast | None) -> Tensor:

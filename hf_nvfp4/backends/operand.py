@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_nvfp4.casts import Cast
-from hf_nvfp4.rounding import flip
+from hf_nvfp4.rounding import flip, rescaled
 
 
 @dataclass
@@ -25,9 +25,8 @@ class Operand:
         return self.values, self.scale
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """[M, K] with the scale multiplied out, in dtype."""
-        values = self.values.to(dtype)
-        return values if self.scale is None else values * self.scale.to(dtype)
+        """[M, K] with the scale multiplied out, in dtype: the reference's, bit for bit, where the values are exact."""
+        return self.values.to(dtype) if self.scale is None else rescaled(self.values, self.scale, dtype)
 
 
 def is_plain(cast: Cast) -> bool:
