@@ -47,7 +47,10 @@ _LINE_EVERY = 60.0  # seconds between lines on the progress, where there is no t
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the comparison: "recipe[@backend][:option=value,...]", options being those of scripts/train.py."""
+    """One line of the comparison: "recipe[@backend][:option=value,...]", options being those of scripts/train.py.
+
+    text: as given, but of a recipe's file the name alone.
+    """
 
     text: str
     flags: tuple[str, ...]
@@ -71,7 +74,8 @@ def parse_entry(text: str) -> Entry:
     for name in names:
         if name in _TAKEN or backend and name == "backend" or names.count(name) > 1:
             raise InputError(f"recipe {text!r}: {name} stands elsewhere already; leave it out of the options.")
-    return Entry(text, (*flags, *(f"--{option.strip()}" for option in options)))
+    shown = Path(recipe).name if recipe.endswith(".json") else recipe
+    return Entry(shown + text[len(recipe) :], (*flags, *(f"--{option.strip()}" for option in options)))
 
 
 def parse_entries(texts: list[str]) -> list[Entry]:
@@ -80,7 +84,10 @@ def parse_entries(texts: list[str]) -> list[Entry]:
     for entry in map(parse_entry, texts):
         other = entries.setdefault(entry.folder, entry)
         if other is not entry:
-            raise InputError(f"recipes {other.text!r} and {entry.text!r} share the folder name {entry.folder!r}.")
+            raise InputError(
+                f"recipes {other.text!r} and {entry.text!r} share the folder name {entry.folder!r}; "
+                "of a recipe's file its name counts."
+            )
     return list(entries.values())
 
 

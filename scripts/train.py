@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -203,7 +204,7 @@ def describe_run(args: Arguments, trainer, timer, packed, final: dict) -> dict:
         "schema": 1,
         "status": "complete",
         "name": training.run_name or Path(training.output_dir).resolve().name,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", _from_here(sys.argv[0]), *sys.argv[1:]]),
         "recipe": config.recipe.name,
         "backend": backend_names(config.backend, config.recipe, training.device),
         "conversion": summary(model.nvfp4_decisions),
@@ -343,6 +344,12 @@ def build_trainer(
         callbacks=[*watch, *schedule],
     )
     return trainer, timer
+
+
+def _from_here(path: str) -> str:
+    """A path as it would be typed here: what lies below the current folder without the folders above."""
+    relative = os.path.relpath(path)
+    return path if relative.startswith("..") else relative
 
 
 def main(argv: list[str]) -> None:

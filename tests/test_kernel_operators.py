@@ -125,7 +125,10 @@ def test_a_layer_compiles_into_one_graph(device, on_kernels, launches, recipe):
     results = run(graph, x, dy)
     # Inductor has random numbers of its own: other draws for the gradients.
     redrawn = device.type == "cuda" and any(cast.rounding == "stochastic" for cast in layer.recipe.casts)
-    for got, want, limit in zip(results, expected, (1e-6, *[0.5 if redrawn else 1e-6] * 2), strict=True):
+    gradient = 0.5 if redrawn else 1e-6
+    if device.type == "cuda" and layer.recipe.estimator == "dge":
+        gradient = 2.0**-9  # eager mode keeps the slopes in BF16, inductor has them again in FP32
+    for got, want, limit in zip(results, expected, (1e-6, gradient, gradient), strict=True):
         assert relative(got, want) < limit
     assert counter.frame_count == 1
     # In a graph plain operations find the amax of what is not rotated.

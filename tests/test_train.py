@@ -302,14 +302,16 @@ def test_the_script(flags, tmp_path):
     path = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "TQDM_DISABLE": "1"}
     argv = [sys.executable, str(SCRIPT), *flags("--recipe", "nvfp4", "--report_to", "none", "--seed", "3")]
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=SCRIPT.parents[1])
     assert done.returncode == 0, done.stderr
     first, *_, last = done.stdout.strip().splitlines()
     assert first.startswith("device cpu (") and first.endswith("backend bf16, recipe nvfp4")
     assert "saved in" in last
-    check_run(json.loads((tmp_path / "run" / "run.json").read_text()))
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["command"].startswith("python scripts/train.py ")  # not where that is on this machine
+    check_run(run)
     check_model(tmp_path / "run")
-    again = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    again = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=SCRIPT.parents[1])
     assert again.returncode == 1
     assert again.stderr.strip().splitlines()[-1].startswith("train.py: ") and "holds a finished run" in again.stderr
 
