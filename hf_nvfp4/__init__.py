@@ -29,6 +29,7 @@ _EXPORTS = {
     "quantize_model": "integration",
     "NVFP4TrainingConfig": "integration",
     "CastWeightsOnce": "schedule",
+    "DistillationTrainer": "distillation",
     "OsciReset": "oscillation",
     "PrecisionSchedule": "schedule",
     "StopOnNonFinite": "schedule",

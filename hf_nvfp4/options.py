@@ -58,6 +58,15 @@ class ModelArguments:
             "of one (OsciReset of TetraJet-v2)."
         },
     )
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "A checkpoint whose probabilities to learn (distillation; its GEMMs run in high precision). Also "
+            "where the model starts, unless --model_name_or_path, --size or --config_name says otherwise."
+        },
+    )
+    kd_ratio: float = field(default=1.0, metadata={"help": "The teacher's share of the loss; the text has the rest."})
+    kd_temperature: float = field(default=1.0, metadata={"help": "What both models' logits are divided by."})
     quantization_stats: int | None = field(
         default=None,
         metadata={
@@ -118,6 +127,9 @@ def parse_arguments(argv: list[str], about: str) -> Arguments:
         raise InputError(f"--switch_last {last}: give a fraction of the training, above 0 and up to 1, as 0.18.")
     if args.model.quantization_stats is not None and args.model.quantization_stats < 1:
         raise InputError(f"--quantization_stats {args.model.quantization_stats}: give a number of steps, 1 or more.")
+    model = args.model
+    if model.teacher is None and (model.kd_ratio, model.kd_temperature) != (1, 1):
+        raise InputError("--kd_ratio and --kd_temperature are for distillation: give --teacher.")
     if args.data.streaming and args.training.max_steps <= 0:
         raise InputError("--streaming cannot know how long the data is: give --max_steps.")
     return args
@@ -127,9 +139,13 @@ def default_options(given: set[str], values) -> dict:
     """Defaults that suit the model asked for. given: names of the user's options; values: as parsed."""
     if "model_name_or_path" in given and given & {"size", "config_name"}:
         raise InputError("--model_name_or_path excludes --size and --config_name: from a checkpoint or from scratch?")
-    model = CHECKPOINT_DEFAULTS if values.model_name_or_path else SIZES[values.size].training_defaults()
+    start = values.model_name_or_path
+    if values.teacher and not given & {"size", "config_name", "model_name_or_path"}:
+        start = values.teacher
+    model = CHECKPOINT_DEFAULTS if start else SIZES[values.size].training_defaults()
     on_cpu = values.use_cpu or not torch.accelerator.is_available()
     defaults = DEFAULTS | model | {"output_dir": f"runs/{Path(values.recipe or 'nvfp4').stem}"}
+    defaults |= {"model_name_or_path": start} if start else {}
     defaults |= {"use_cpu": on_cpu, "bf16": not on_cpu or cpu_multiplies_bf16()}
     if "num_train_epochs" in given:
         defaults.pop("max_steps", None)

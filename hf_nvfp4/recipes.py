@@ -141,6 +141,15 @@ for _recipe in (
         "scales for each 1×16 block of x and w, and the tokens' mean of x (and of dy) multiplied in high precision",
     ),
     Recipe(
+        "nvfp4_qat",
+        fprop=(RN, RN),
+        dgrad=HIGH_PRECISION,
+        wgrad=HIGH_PRECISION,
+        from_forward=True,
+        source="quantization-aware training for NVFP4 inference, as in arXiv 2601.20088: the forward that engines "
+        "compute (1×16 for x and w), a straight-through backward in BF16; no layer stays in BF16 but the head",
+    ),
+    Recipe(
         "fp4_all_the_way",
         fprop=(RN, RN),
         dgrad=(SR, RN),

@@ -5,6 +5,8 @@
     # Another size on your own text; any checkpoint on any dataset of the Hub
     python scripts/train.py --size 30m --train_file 'texts/*.parquet' --recipe fp8 --output_dir runs/fp8
     python scripts/train.py --model_name_or_path Qwen/Qwen3-0.6B --dataset_name roneneldan/TinyStories
+    # A checkpoint's NVFP4 student learns from the checkpoint itself
+    python scripts/train.py --teacher Qwen/Qwen3-0.6B --recipe nvfp4_qat --dataset_name roneneldan/TinyStories
     # Options from a file; flags override it
     python scripts/train.py --config scripts/configs/late_switch.yaml --seed 1
 
@@ -14,6 +16,7 @@ SIGTERM ends a run of one process after the step that runs, with a checkpoint; e
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -90,6 +93,10 @@ def build_model(args: Arguments, tokenizer):
     set_seed(args.training.seed)
     if model.model_name_or_path:
         also = {"quantization_config": config} if config else {}
+        if config and (saved := saved_quantization(model)) and saved.choice() != config.choice():
+            args.say(f"the checkpoint was trained with recipe {saved.recipe.name}; this run's choices replace its own")
+            also = {"config": AutoConfig.from_pretrained(model.model_name_or_path)}
+            also["config"].quantization_config = config
         network = AutoModelForCausalLM.from_pretrained(model.model_name_or_path, dtype=torch.float32, **also)
         if network.config.quantization_config.high_precision:
             set_high_precision(network, None)
@@ -105,6 +112,19 @@ def build_model(args: Arguments, tokenizer):
     if not model.model_name_or_path:
         hf_nvfp4.quantize_model(network, config)
     return network
+
+
+def load_teacher(args: Arguments):
+    """The teacher that the options ask for, in high precision; None without one."""
+    model = args.model
+    if model.teacher is None:
+        return None
+    dtype = torch.bfloat16 if args.training.bf16 else torch.float32
+    teacher = AutoModelForCausalLM.from_pretrained(model.teacher, dtype=dtype)
+    if hasattr(teacher, "nvfp4_decisions"):
+        set_high_precision(teacher, "all")
+    args.say(f"teacher: {model.teacher}, {model.kd_ratio:g} of the loss, temperature {model.kd_temperature:g}")
+    return teacher
 
 
 def new_config(args: Arguments, tokenizer):
@@ -248,8 +268,14 @@ def describe_training(args: Arguments, steps: int) -> dict:
         "autocast": "bfloat16" if training.bf16 else "float16" if training.fp16 else None,
         "master_weights": "float32",
         "torch_compile": training.torch_compile,
+        **({"teacher": describe_teacher(args.model)} if args.model.teacher else {}),
         **({"osci_reset": hf_nvfp4.OsciReset().settings} if args.model.osci_reset else {}),
     }
+
+
+def describe_teacher(model: ModelArguments) -> dict:
+    """What --teacher and its options asked for."""
+    return {"checkpoint": model.teacher, "kd_ratio": model.kd_ratio, "temperature": model.kd_temperature}
 
 
 def describe_switch(args: Arguments, steps: int) -> dict | None:
@@ -320,8 +346,12 @@ def check_same_recipe(checkpoint: Path, network) -> None:
         )
 
 
+class SafeDistillationTrainer(hf_nvfp4.DistillationTrainer, runlog.SafeTrainer):
+    """Both."""
+
+
 def build_trainer(
-    args: Arguments, network, tokenizer, packed, first: list = ()
+    args: Arguments, network, tokenizer, packed, teacher=None, first: list = ()
 ) -> tuple[runlog.SafeTrainer, runlog.RunTimer]:
     """The Trainer, and the callback that times it. first: callbacks that come before the others."""
     timer = runlog.RunTimer()
@@ -334,15 +364,20 @@ def build_trainer(
         for callback in schedule:
             if isinstance(callback, hf_nvfp4.OsciReset):
                 callback.check(network, args.training.max_steps)
-    trainer = runlog.SafeTrainer(
-        network,
-        args.training,
-        data_collator=default_data_collator,
-        train_dataset=packed.train,
-        eval_dataset=packed.validation,
-        processing_class=tokenizer,
-        callbacks=[*watch, *schedule],
-    )
+    make = runlog.SafeTrainer
+    if teacher is not None:
+        distil = {"kd_ratio": args.model.kd_ratio, "temperature": args.model.kd_temperature}
+        make = functools.partial(SafeDistillationTrainer, teacher=teacher, **distil)
+    with input_errors():
+        trainer = make(
+            network,
+            args.training,
+            data_collator=default_data_collator,
+            train_dataset=packed.train,
+            eval_dataset=packed.validation,
+            processing_class=tokenizer,
+            callbacks=[*watch, *schedule],
+        )
     return trainer, timer
 
 
@@ -362,10 +397,11 @@ def main(argv: list[str]) -> None:
     args.say(packed.describe())
     with input_errors():
         network = build_model(args, tokenizer)
+        teacher = load_teacher(args)
     if checkpoint:
         check_same_recipe(checkpoint, network)
     with runlog.StopOnSignal(one_process=args.training.world_size == 1) as stop:
-        trainer, timer = build_trainer(args, network, tokenizer, packed, first=[stop])
+        trainer, timer = build_trainer(args, network, tokenizer, packed, teacher, first=[stop])
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         stop.check()
         run = describe_run(args, trainer, timer, packed, final_losses(trainer, packed.about))

@@ -25,6 +25,7 @@ ALLOWED = {
     "linear": {"casts", "conditioning", "gemm", "language", "recipes", "sharing"},
     "convert": {"backends", "gemm", "language", "linear"},
     "schedule": {"casts", "convert", "language", "linear"},
+    "distillation": set(),
     "oscillation": {"language", "linear", "reference", "sharing"},
     "integration": {"casts", "convert", "language", "linear", "recipes"},
     "data": set(),

@@ -506,14 +506,15 @@ def test_epochs_become_steps():
     assert args.training.max_steps == 6  # 7 batches, 4 updates an epoch
 
 
-def test_from_a_checkpoint(flags, tmp_path):
+def test_from_a_checkpoint(flags, tmp_path, capsys):
     run(flags("--recipe", "fp8"))
     scratch = {"config_name": None, "model_name_or_path": tmp_path / "run", "output_dir": tmp_path / "more"}
     more = run(flags("--num_train_epochs", "0.2", **scratch, max_steps=None))
     assert more["recipe"] == "fp8"  # what the checkpoint says
     assert more["model"]["from_checkpoint"] == str(tmp_path / "run") and more["training"]["steps"] > 1
-    with pytest.raises(InputError, match="differs from the one passed"):
-        train.main(flags("--recipe", "nvfp4", **scratch | {"output_dir": tmp_path / "other"}))
+    other = run(flags("--recipe", "fp8_tensor", **scratch | {"output_dir": tmp_path / "other"}))
+    assert other["recipe"] == "fp8_tensor"  # what the user says
+    assert "the checkpoint was trained with recipe fp8; this run's choices replace" in capsys.readouterr().out
 
 
 def test_from_a_plain_checkpoint(flags, folder, tmp_path):
@@ -567,3 +568,31 @@ def test_bad_input(flags, argv, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match=message):
         train.main(flags(*argv))
+
+
+# ---- Distillation ----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_teaches_its_own_student(flags, tmp_path, capsys):
+    train.main(flags("--recipe=bf16"))
+    teacher = tmp_path / "run"
+    options = [f"--teacher={teacher}", "--recipe=nvfp4_qat", "--kd_ratio=0.5"]
+    student = flags(*options, config_name=None, output_dir=tmp_path / "s")
+    train.main(student)
+    said = capsys.readouterr().out
+    assert f"teacher: {teacher}, 0.5 of the loss, temperature 1" in said
+    run = json.loads((tmp_path / "s" / "run.json").read_text())
+    assert run["model"]["from_checkpoint"] == str(teacher)
+    assert run["training"]["teacher"] == {"checkpoint": str(teacher), "kd_ratio": 0.5, "temperature": 1.0}
+    assert run["recipe"] == "nvfp4_qat"
+
+
+def test_distillation_says_what_is_missing(flags, folder, tmp_path):
+    with pytest.raises(InputError, match="are for distillation: give --teacher"):
+        train.main(flags("--kd_ratio=0.5"))
+    train.main(flags("--recipe=bf16"))
+    other = json.loads((folder / "config.json").read_text()) | {"vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match="the model has 512 tokens and its teacher"):
+        options = {"config_name": tmp_path / "config.json", "output_dir": tmp_path / "s"}
+        train.main(flags(f"--teacher={tmp_path / 'run'}", **options))
