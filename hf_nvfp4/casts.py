@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 
 from hf_nvfp4.formats import CHOOSING_RULES, CLIPPING_RULES, FORMATS, SCALE_RULES, BlockFormat, Element
@@ -137,6 +138,11 @@ class Cast:
     def block_format(self) -> BlockFormat:
         """The format's definition."""
         return FORMATS[self.format]
+
+    def fitted(self, features: int) -> "Cast":
+        """This cast for rows of so many features: with the largest Hadamard transform that divides them."""
+        size = math.gcd(self.hadamard, features)
+        return dataclasses.replace(self, hadamard=size) if self.hadamard > size > 1 else self
 
     @property
     def draws(self) -> bool:

@@ -161,10 +161,9 @@ class Recipe:
             fitted = dataclasses.replace(fitted, basis=size)
         for name, features in (("fprop", in_features), ("dgrad", out_features)):
             gemm = getattr(self, name)
-            size = math.gcd(gemm.a.hadamard, features)
-            if gemm.a.hadamard > size:
-                pair = (dataclasses.replace(cast, hadamard=size) for cast in gemm)
-                fitted = dataclasses.replace(fitted, **{name: tuple(pair)})
+            pair = tuple(cast.fitted(features) for cast in gemm)
+            if pair != tuple(gemm):
+                fitted = dataclasses.replace(fitted, **{name: pair})
         return fitted
 
     def in_bf16(self, gemms: str) -> "Recipe":

@@ -24,7 +24,7 @@ CASTS = {
     "RNE 16×16": Cast(square=True),
     "RNE 1×16 + 4/6": Cast(scale_rule="4over6_mse"),
     "RNE 16×16 + 4/6": Cast(square=True, scale_rule="4over6_mse"),
-    "RNE 1×16, best of 3 scales": Cast(scale_rule="best"),
+    "RNE 1×16, best of 6 scales": Cast(scale_rule="best"),
     "SR": _SR,
     "SR with headroom": dataclasses.replace(_SR, headroom=SR_HEADROOM),
     "MS-EDEN": _EDEN,
@@ -103,7 +103,7 @@ def named_casts(recipes: Iterable[Recipe]) -> dict[str, Cast]:
 
 def obstacle(shape: tuple[int, int], cast: Cast) -> str | None:
     """Why a tensor [M, K] of this shape can't be cast, or None."""
-    multiple = cast.block_format.multiple
+    multiple, cast = cast.block_format.multiple, cast.fitted(shape[1])
     rows, columns = (multiple if cast.square else 1), max(cast.hadamard, multiple)
     if shape[0] % rows or shape[1] % columns:
         return f"{shape[0]}×{shape[1]} is not made of {rows}×{columns} blocks"
@@ -142,7 +142,7 @@ def flipped(x: Tensor, cast: Cast, generator: torch.Generator | None = None) -> 
 
 def quantized(x: Tensor, cast: Cast, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [M, K] as it is before rounding (rotated, if the cast says so), as it is after it (FP64), the seed of signs."""
-    x, cast, signs = flipped(x, cast, generator)
+    x, cast, signs = flipped(x, cast.fitted(x.shape[1]), generator)
     y = quantize(x, cast, generator=generator).dequantize(torch.float64)
     return rotate(x, cast.hadamard) if cast.hadamard else x, y, signs
 
@@ -213,7 +213,7 @@ def draw_counts(draws: int) -> tuple[int, ...]:
 
 def unbiasedness(x: Tensor, cast: Cast, draws: int, generator: torch.Generator) -> Curve:
     """The mean of 1, 4, 16, … `draws` casts of x [M, K] against x. A cast without random numbers is drawn once."""
-    target, counts = x.double(), draw_counts(draws)
+    cast, target, counts = cast.fitted(x.shape[1]), x.double(), draw_counts(draws)
     total, power, errors = torch.zeros_like(target), torch.zeros_like(target[:, 0]), []
     signal = (target**2).sum()
     for n in range(1, draws + 1 if cast.draws else 2):

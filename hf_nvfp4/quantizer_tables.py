@@ -41,7 +41,8 @@ def yardstick_table(casts: dict[str, dict]) -> str:
 Squared errors on N(0, 1), relative to the signal, ×1e-3. Published: Quartet II, arXiv 2601.22813, table 1, with its
 digits; recomputed: independently of this implementation; the deviation is from the published number, or, without one,
 from the recomputed. "SR + 4/6" (published: 17.5, biased) is missing: choosing a scale by its errors biases stochastic
-rounding, and `Cast` refuses it. A rotated cast is measured in the rotated basis."""
+rounding, and `Cast` refuses it. A rotated cast is measured in the rotated basis, by the largest transform that divides
+the columns."""
     return f"{markdown_table(header, lines)}\n{notes}"
 
 
