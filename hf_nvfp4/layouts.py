@@ -150,8 +150,9 @@ def _without_scale_zero(weight: QuantizedTensor) -> Tensor:
 
 
 def _compressed_config(kept: list[str], activations: bool) -> dict:
-    """As llm-compressor writes it; the keys that every version of compressed-tensors since 0.9 knows."""
+    """As llm-compressor writes it. Without scale_dtype compressed-tensors would not round activations' scales."""
     bits = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK, "symmetric": True}
+    bits |= dict.fromkeys(("scale_dtype", "zp_dtype"), "torch.float8_e4m3fn")
     group = {
         "targets": ["Linear"],
         "weights": {**bits, "dynamic": False},

@@ -26,9 +26,10 @@ ALLOWED = {
     "convert": {"backends", "gemm", "language", "linear"},
     "schedule": {"casts", "convert", "language", "linear"},
     "oscillation": {"language", "linear", "reference", "sharing"},
-    "integration": {"casts", "convert", "language", "linear", "recipes"},
+    "integration": {"casts", "convert", "importing", "language", "layouts", "linear", "recipes"},
     "layouts": {"casts", "data", "formats", "reference"},
     "shards": {"data"},
+    "importing": {"data", "layouts", "shards"},
     "exporting": {
         *("casts", "convert", "data", "integration", "language", "layouts", "linear", "reference", "shards"),
     },

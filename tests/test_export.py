@@ -19,6 +19,7 @@ from hf_nvfp4.exporting import under_scale, why_not
 from hf_nvfp4.gemm import cast
 from hf_nvfp4.layouts import COMPRESSED, LAYOUTS, MODELOPT, nearest_inverse
 from hf_nvfp4.linear import quantized_linears
+from hf_nvfp4.reference import pack, quantize_rows
 
 EXPORTED = ("nvfp4", "nvfp4_4over6", "nvfp4_hopper", "quartet2", "nvfp4_best")
 REFUSED = ("mxfp4", "mxfp8", "fp8", "fp8_tensor", "fp4_dge", "halo1", "quartet", "tetrajet2_base", "bf16", "fp4_mixed")
@@ -431,3 +432,82 @@ def test_a_block_whose_scale_is_zero_has_codes_of_zero():
     assert (stored["weight_packed"].view(16, 4, 8)[:, 1] == 0).all()
     packed.tensor_scale = COMPRESSED.read(stored).tensor_scale
     assert torch.equal(COMPRESSED.read(stored).dequantize(), packed.dequantize())
+
+
+# ---- Four-bit activations ------------------------------------------------------------------------------------
+
+
+def watched_inputs(folder, batches):
+    """Layer -> largest magnitude of its input, by hooks of this test's own."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    found = {}
+    for name, linear in quantized_linears(model).items():
+        linear.register_forward_hook(
+            lambda _, args, __, name=name: found.update({name: max(found.get(name, 0.0), args[0].abs().max().item())})
+        )
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_calibration_writes_the_scales_of_inputs(saved, tmp_path, layout):
+    folder = saved()
+    batches = [torch.randint(1, 256, (2, 24)), torch.randint(1, 256, (1, 7))]
+    summary = export(folder, tmp_path / "out", layout.name, calibration=[batches[0], {"input_ids": batches[1]}])
+    assert summary.activations and "W4A4" in summary.describe()
+    found = tensors(tmp_path / "out")
+    for name, amax in watched_inputs(folder, batches).items():
+        stored = found[f"{name}.{layout.input_scale}"]
+        assert stored.dtype == torch.float32 and stored.shape == layout.scalar
+        expected = 2688 / amax if layout is COMPRESSED else amax / 2688
+        assert stored.item() == pytest.approx(expected, rel=1e-6)
+    details = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    inputs = details["config_groups"]["group_0"]["input_activations"]
+    assert inputs["num_bits"] == 4 and inputs["group_size"] == 16
+    assert inputs["dynamic"] == "local" if layout is COMPRESSED else details["quant_algo"] == "NVFP4"
+    weight_only = export(folder, tmp_path / "a16", layout.name, calibration=batches, activations=False)
+    assert not weight_only.activations
+    assert not [name for name in tensors(tmp_path / "a16") if name.endswith(layout.input_scale)]
+
+
+def test_transformers_compressed_tensors_computes_our_w4a4(saved, tmp_path):
+    """In FP32, so that what differs is not the two libraries' rounding of BF16 intermediates."""
+    pytest.importorskip("compressed_tensors")
+    folder = saved()
+    tokens = torch.randint(1, 256, (2, 32))
+    export(folder, tmp_path / "out", calibration=[tokens])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        theirs(tokens)  # decompresses
+    torch.nn.Module.float(theirs)
+    ours = AutoModelForCausalLM.from_config(theirs.config).float().eval()
+    ours.load_state_dict({n: t for n, t in theirs.state_dict().items() if n in ours.state_dict()})
+    found = tensors(tmp_path / "out")
+
+    def quantized(amax):
+        def hook(_, args):
+            x = args[0].flatten(0, 1)
+            return pack(quantize_rows(x, amax, None, Cast()), Cast()).dequantize().view_as(args[0])
+
+        return hook
+
+    for name in [n.removesuffix(".input_global_scale") for n in found if n.endswith(".input_global_scale")]:
+        amax = 2688 / found[f"{name}.input_global_scale"][0]
+        ours.get_submodule(name).register_forward_pre_hook(quantized(amax))
+        packed = COMPRESSED.read({part: found[f"{name}.{part}"] for part in COMPRESSED.parts})
+        weight = ours.get_submodule(name).weight
+        torch.testing.assert_close(weight.detach(), packed.dequantize(), rtol=2**-8, atol=0)
+    with torch.no_grad():
+        a, b = theirs(tokens).logits, ours(tokens).logits
+    assert (a - b).norm() / b.norm() < 1e-3
+
+
+def test_calibration_that_shows_nothing_is_refused(saved, tmp_path):
+    folder = saved()
+    refused(folder, tmp_path, "never reached model.layers.0.self_attn.q_proj and 20 others", calibration=[])
+    state = load_file(folder / "model.safetensors")
+    state["model.embed_tokens.weight"].zero_()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(folder, tmp_path, "all zero or not finite", calibration=[torch.ones(1, 8).long()])
