@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_nvfp4 import shards
-from hf_nvfp4.casts import unknown
+from hf_nvfp4.casts import Cast, unknown
 from hf_nvfp4.convert import decide
 from hf_nvfp4.data import InputError
 from hf_nvfp4.integration import QUANT_METHOD, NVFP4TrainingConfig
@@ -178,6 +178,11 @@ def export(
         inputs = _input_amax(source, layers, calibration, dtype) if activations else {}
         groups = _groups(layers, summary) if fused == "shared" else {}
         writer.run(names, layers, inputs, groups)
+        if other := {str(one.fprop.a) for one in layers.values() if activations and one.fprop.a != Cast()}:
+            summary.notes.append(
+                f"Training cast activations as {' and '.join(sorted(other))}; engines round each 1×16 block to "
+                "nearest, its largest magnitude becoming 6, under the scale that calibration found."
+            )
         _write_configs(folder, source, summary, kept, dtype)
     return summary
 
@@ -327,6 +332,10 @@ def _estimate(names: dict, layers: dict) -> int:
     return total
 
 
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 # ---- Calibration -------------------------------------------------------------------------------------------
 
 
@@ -336,7 +345,7 @@ def _input_amax(source: Source, layers: dict, calibration: Iterable, dtype: torc
 
     model = source.model
     if source.state is None:
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, trust_remote_code=False).to(_device())
     device, found, modules = next(model.parameters()).device, {}, dict(model.named_modules())
 
     def watch(name):
@@ -452,7 +461,7 @@ class _Writer:
         ):
             layer = name.removesuffix(".weight")
             if name.endswith(".weight") and layer in layers:
-                weight = quantize_weight(tensor.to(self.dtype), layers[layer], name)
+                weight = quantize_weight(self._on_device(tensor), layers[layer], name)
                 if (group := group_of.get(layer)) is not None:
                     shared = under_scale(weight, scales[group].to(weight.tensor_scale.device))
                     _add_error(errors[group], shared, weight)
@@ -469,6 +478,11 @@ class _Writer:
         moved = {group: (square / total) ** 0.5 for group, (square, total) in errors.items() if square}
         self.summary.requantized |= moved
 
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """In the compute dtype; of a folder, on the GPU if there is one: the numerics are the same there."""
+        device = _device() if self.source.state is None else tensor.device
+        return tensor.to(device, self.dtype)
+
     def _shared_scales(self, layers: dict[str, Recipe], groups: dict[str, list[str]]) -> dict[str, Tensor]:
         """The largest tensor scale of each group: a pass over their weights before the others'."""
         group_of = {f"{member}.weight": group for group, members in groups.items() for member in members}
@@ -479,7 +493,7 @@ class _Writer:
         for name, tensor in tqdm(
             reading, total=len(group_of), desc="scales of fused layers", unit="tensor", leave=False, disable=None
         ):
-            scale = _tensor_scale(tensor.to(self.dtype), layers[name.removesuffix(".weight")])
+            scale = _tensor_scale(self._on_device(tensor), layers[name.removesuffix(".weight")])
             group = group_of[name]
             largest[group] = torch.maximum(largest[group], scale) if group in largest else scale
         return {group: torch.where(scale == 0, 1.0, scale) for group, scale in largest.items()}

@@ -1,8 +1,10 @@
 """Exports: the very weights that training multiplied, in the published layouts, whole or not at all."""
 
 import errno
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from hf_nvfp4.exporting import under_scale, why_not
 from hf_nvfp4.gemm import cast
 from hf_nvfp4.layouts import COMPRESSED, LAYOUTS, MODELOPT, nearest_inverse
 from hf_nvfp4.linear import quantized_linears
+from hf_nvfp4.packing import train_tokenizer
 from hf_nvfp4.reference import pack, quantize_rows
 
 EXPORTED = ("nvfp4", "nvfp4_4over6", "nvfp4_hopper", "quartet2", "nvfp4_best")
@@ -511,3 +514,43 @@ def test_calibration_that_shows_nothing_is_refused(saved, tmp_path):
     state["model.embed_tokens.weight"].zero_()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     refused(folder, tmp_path, "all zero or not finite", calibration=[torch.ones(1, 8).long()])
+
+
+def test_a_note_says_how_engines_cast_activations_otherwise(build, tmp_path):
+    batch = [torch.ones(1, 8).long()]
+    assert "becoming 6" in export(build("quartet2"), tmp_path / "a", calibration=batch).describe()
+    assert "becoming 6" not in export(build("quartet2"), tmp_path / "b").describe()
+    assert "becoming 6" not in export(build("nvfp4"), tmp_path / "c", calibration=batch).describe()
+
+
+# ---- The script ------------------------------------------------------------------------------------------------
+
+
+def script():
+    """scripts/export.py as a module."""
+    path = Path(__file__).resolve().parents[1] / "scripts" / "export.py"
+    spec = importlib.util.spec_from_file_location("script_export", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_exports_and_says_so(llama_config, tmp_path, capsys):
+    documents = [f"def f{n}(x):\n    return x + {n} * x\n" * 8 for n in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    tokenizer = train_tokenizer(documents, 300)
+    llama_config.vocab_size = len(tokenizer)
+    model = AutoModelForCausalLM.from_config(llama_config)
+    quantize_model(model, NVFP4TrainingConfig())
+    folder = tmp_path / "trained"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    text = ["--train_file", str(tmp_path / "text.jsonl"), "--calibrate", "3", "--sequence_length", "32"]
+    assert script().main([str(folder), str(tmp_path / "out"), "--format", "modelopt", *text]) == 0
+    shown = capsys.readouterr().out
+    assert "device: " in shown and "W4A4" in shown and "| packed | 21 |" in shown
+    found = tensors(tmp_path / "out")
+    assert len([name for name in found if name.endswith("input_scale")]) == 21
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert script().main([str(folder), str(tmp_path / "out")]) == 1
+    assert "exists already" in capsys.readouterr().err
