@@ -34,8 +34,8 @@ COPIED = (
     *("tokenizer*.json", "tokenizer.model", "*.tiktoken", "spiece.model", "vocab.*", "merges.txt", "added_tokens.json"),
     *("special_tokens_map.json", "chat_template*", "*processor_config.json", "generation_config.json", "LICENSE*"),
 )
-# Rows of a weight that are quantized at once: what this takes beside the weight does not grow with it.
-ROWS = 1024
+# Elements of a weight that are quantized at once: what this takes beside the weight does not grow with it.
+ELEMENTS = 2**20
 
 
 @dataclass
@@ -172,6 +172,7 @@ def export(
         if format != "plain":
             layers, kept, name = _layers(source, recipe, activations)
             _check_names(source, names, layers)
+            kept = _kept_on_disk(source, names, layers, kept)
         summary = ExportSummary(out, format, name, activations)
         folder.need(_estimate(names, layers))
         writer = _Writer(folder, LAYOUTS.get(format), source, summary, dtype)
@@ -322,6 +323,16 @@ def _check_names(source: Source, names: dict, layers: dict) -> None:
         )
 
 
+def _kept_on_disk(source: Source, names: dict, layers: dict, kept: list[str]) -> list[str]:
+    """`kept`, and matrices that files hold under other names than the model: "….experts.*" for single experts."""
+    embeddings = {name for name, module in source.model.named_modules() if isinstance(module, nn.Embedding)}
+    known = {*layers, *kept, *embeddings}
+    found = [n.removesuffix(".weight") for n, shape in names.items() if len(shape) > 1 and n.endswith(".weight")]
+    others = [name for name in found if name not in known]
+    others = [f"{n.partition('.experts.')[0]}.experts.*" if ".experts." in n else n for n in others]
+    return list(dict.fromkeys([*kept, *others]))
+
+
 def _estimate(names: dict, layers: dict) -> int:
     """Bytes of the result, from above."""
     total = 0
@@ -387,12 +398,15 @@ def quantize_weight(weight: Tensor, recipe: Recipe, name: str = "weight") -> Qua
     _, amax, _ = prepare(weight, cast)
     if not torch.isfinite(amax):
         raise InputError(f"{name} holds NaN or inf: the training diverged, or the file is damaged. Export another.")
-    parts = [
-        pack(quantize_rows(weight[row : row + ROWS].contiguous(), amax, None, cast, row), cast)
-        for row in range(0, weight.shape[0], ROWS)
-    ]
+    parts = [pack(quantize_rows(weight[rows].contiguous(), amax, None, cast), cast) for rows in _slices(weight.shape)]
     codes, scales = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
     return QuantizedTensor(codes, scales, parts[0].tensor_scale, cast)
+
+
+def _slices(shape: tuple[int, int]) -> list[slice]:
+    """Rows of [N, K] in whole blocks, about `ELEMENTS` elements a slice."""
+    rows = max(BLOCK, ELEMENTS // shape[1] // BLOCK * BLOCK)
+    return [slice(row, row + rows) for row in range(0, shape[0], rows)]
 
 
 def _tensor_scale(weight: Tensor, recipe: Recipe) -> Tensor:
@@ -500,8 +514,7 @@ class _Writer:
 
 
 def _add_error(total: list[float], new: QuantizedTensor, trained: QuantizedTensor) -> None:
-    for row in range(0, new.codes.shape[0], ROWS):
-        part = slice(row, row + ROWS)
+    for part in _slices(new.shape):
         a, b = (
             QuantizedTensor(t.codes[part], t.scales[part], t.tensor_scale, t.cast).dequantize() for t in (new, trained)
         )

@@ -14,6 +14,7 @@ ModelOpt (TensorRT-LLM, vLLM, SGLang; "NVFP4" and weight-only "W4A16_NVFP4", hf_
 Knows neither models nor files.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +119,7 @@ class Layout:
             )
 
     def quantization_config(self, kept: list[str], activations: bool) -> dict:
-        """What config.json says of the layers: all nn.Linear except `kept`, names of modules."""
+        """What config.json says of the layers: all nn.Linear except `kept`, names of modules or "prefix*"."""
         return (_compressed_config if self.inverse else _modelopt_config)(kept, activations)
 
 
@@ -164,7 +165,7 @@ def _compressed_config(kept: list[str], activations: bool) -> dict:
         "format": NVFP4_PACKED,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": kept,
+        "ignore": [f"re:^{re.escape(name[:-1])}" if name.endswith("*") else name for name in kept],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

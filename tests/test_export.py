@@ -17,7 +17,7 @@ from hf_nvfp4.backends import BACKENDS
 from hf_nvfp4.casts import Cast
 from hf_nvfp4.convert import set_high_precision
 from hf_nvfp4.data import InputError
-from hf_nvfp4.exporting import under_scale, why_not
+from hf_nvfp4.exporting import quantize_weight, under_scale, why_not
 from hf_nvfp4.gemm import cast
 from hf_nvfp4.layouts import COMPRESSED, LAYOUTS, MODELOPT, nearest_inverse
 from hf_nvfp4.linear import quantized_linears
@@ -79,6 +79,15 @@ def test_exported_weights_are_what_the_training_forward_multiplied(saved, tmp_pa
         else:  # a scale stored as its inverse loses one unit in the last place at most
             torch.testing.assert_close(packed.dequantize(), operand, rtol=2**-22, atol=0)
             assert packed.tensor_scale.item() == pytest.approx(ours.tensor_scale.item(), rel=2**-23)
+
+
+@pytest.mark.parametrize("recipe", EXPORTED)
+def test_a_weight_is_quantized_in_slices_as_it_is_whole(monkeypatch, recipe):
+    monkeypatch.setattr("hf_nvfp4.exporting.ELEMENTS", 64 * 50)
+    weight = torch.randn(208, 64).bfloat16()
+    sliced, whole = quantize_weight(weight, RECIPES[recipe]), quantize(weight, RECIPES[recipe].fprop.b)
+    assert torch.equal(sliced.codes, whole.codes) and torch.equal(sliced.tensor_scale, whole.tensor_scale)
+    assert torch.equal(sliced.scales.view(torch.uint8), whole.scales.view(torch.uint8))
 
 
 def test_inverses_of_scales_are_the_nearest_there_are():
@@ -377,6 +386,11 @@ def test_damaged_sources_are_refused(saved, tmp_path):
     (folder / "config.json").write_text("{")
     refused(folder, tmp_path, "not readable JSON")
     refused(tmp_path / "nowhere", tmp_path, "not a folder")
+
+
+def test_a_packed_folder_is_not_exported_again(saved, tmp_path):
+    export(saved(), tmp_path / "packed")
+    refused(tmp_path / "packed", tmp_path, "quantized by compressed-tensors already")
 
 
 def test_missing_and_misnamed_shards_are_refused(saved, tmp_path):

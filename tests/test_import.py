@@ -1,13 +1,14 @@
 """Packed checkpoints load as the plain weights that they stand for, exactly, or are refused in words."""
 
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
-from hf_nvfp4 import NVFP4Linear, NVFP4TrainingConfig, export
+from hf_nvfp4 import Cast, NVFP4Linear, NVFP4TrainingConfig, export, quantize, quantize_model
 from hf_nvfp4.data import InputError
 from hf_nvfp4.layouts import COMPRESSED, LAYOUTS, MODELOPT, layout_of
 from hf_nvfp4.linear import quantized_linears
@@ -59,6 +60,33 @@ def test_weights_are_dequantized_exactly_for_training(packed, tmp_path, layout):
     assert again.config.quantization_config.quant_method == "nvfp4_training"
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert isinstance(again.model.layers[0].mlp.up_proj, NVFP4Linear)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_experts_stay_in_bf16_and_engines_are_told(llama_config, tmp_path, layout):
+    sizes = {key: getattr(llama_config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    config = MixtralConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_local_experts=4)
+    model = AutoModelForCausalLM.from_config(config)
+    quantize_model(model, NVFP4TrainingConfig(keep_bf16_last=0))
+    model.save_pretrained(tmp_path / "trained")
+    export(tmp_path / "trained", tmp_path / "packed", layout.name, fused="own")
+    ignored = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["ignore"]
+    experts = [name for name in ignored if "experts" in name and name.endswith((".", "*"))]
+    assert len(experts) == 2 and any(name.endswith("gate") for name in ignored)
+    if layout is COMPRESSED:
+        names = sorted(_experts(tmp_path))  # 4 experts of 3 matrices in each of 2 layers
+        assert [sum(bool(re.match(one.removeprefix("re:"), name)) for name in names) for one in experts] == [12, 12]
+    loaded = load(tmp_path / "packed", quantization_config=NVFP4TrainingConfig(keep_bf16_last=0))
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(loaded.get_parameter(name), model.get_parameter(name).bfloat16().float())
+    name = "model.layers.1.self_attn.o_proj.weight"
+    exact = quantize(model.get_parameter(name).detach().bfloat16(), Cast(square=True)).dequantize()
+    torch.testing.assert_close(loaded.get_parameter(name).detach(), exact, rtol=2**-22, atol=0)
+
+
+def _experts(folder):
+    names = load_file(folder / "packed" / "model.safetensors")
+    return [name.removesuffix(".weight") for name in names if ".experts." in name]
 
 
 def test_both_formats_hold_the_same_model(build, tmp_path):
