@@ -30,9 +30,9 @@ ALLOWED = {
     "layouts": {"casts", "data", "formats", "reference"},
     "shards": {"data"},
     "importing": {"data", "layouts", "shards"},
-    "exporting": {
-        *("casts", "convert", "data", "integration", "language", "layouts", "linear", "reference", "shards"),
-    },
+    "weights": {"data", "language", "layouts", "reference"},
+    "sources": {"convert", "data", "integration", "language", "layouts", "linear", "shards", "weights"},
+    "exporting": {"casts", "data", "integration", "language", "layouts", "shards", "sources", "weights"},
     "data": set(),
     "sizes": set(),
     "packing": {"data"},

@@ -17,12 +17,12 @@ from hf_nvfp4.backends import BACKENDS
 from hf_nvfp4.casts import Cast
 from hf_nvfp4.convert import set_high_precision
 from hf_nvfp4.data import InputError
-from hf_nvfp4.exporting import quantize_weight, under_scale, why_not
 from hf_nvfp4.gemm import cast
 from hf_nvfp4.layouts import COMPRESSED, LAYOUTS, MODELOPT, nearest_inverse
 from hf_nvfp4.linear import quantized_linears
 from hf_nvfp4.packing import train_tokenizer
 from hf_nvfp4.reference import pack, quantize_rows
+from hf_nvfp4.weights import quantize_weight, under_scale, why_not
 
 EXPORTED = ("nvfp4", "nvfp4_4over6", "nvfp4_hopper", "quartet2", "nvfp4_best")
 REFUSED = ("mxfp4", "mxfp8", "fp8", "fp8_tensor", "fp4_dge", "halo1", "quartet", "tetrajet2_base", "bf16", "fp4_mixed")
@@ -83,7 +83,7 @@ def test_exported_weights_are_what_the_training_forward_multiplied(saved, tmp_pa
 
 @pytest.mark.parametrize("recipe", EXPORTED)
 def test_a_weight_is_quantized_in_slices_as_it_is_whole(monkeypatch, recipe):
-    monkeypatch.setattr("hf_nvfp4.exporting.ELEMENTS", 64 * 50)
+    monkeypatch.setattr("hf_nvfp4.weights.ELEMENTS", 64 * 50)
     weight = torch.randn(208, 64).bfloat16()
     sliced, whole = quantize_weight(weight, RECIPES[recipe]), quantize(weight, RECIPES[recipe].fprop.b)
     assert torch.equal(sliced.codes, whole.codes) and torch.equal(sliced.tensor_scale, whole.tensor_scale)
@@ -351,7 +351,7 @@ def test_a_plain_checkpoint_needs_a_recipe(build, tmp_path):
 
 
 def refused(source, tmp_path, match, **options):
-    """The export is refused, and leaves nothing."""
+    """The export is refused in words that match, and leaves nothing."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises(InputError, match=match):
         export(source, tmp_path / "out", **options)
@@ -375,6 +375,7 @@ def test_damaged_sources_are_refused(saved, tmp_path):
     dropped = {n: t for n, t in state.items() if n != "model.norm.weight"}
     save_file(dropped, file, metadata={"format": "pt"})
     refused(folder, tmp_path, "lacks 1 tensors of the model, such as model.norm.weight")
+    refused(folder, tmp_path, "lacks 1 tensors of the model, such as model.norm.weight", format="plain")
     dropped = {n: t for n, t in state.items() if n != "model.layers.0.mlp.up_proj.weight"}
     save_file(dropped, file, metadata={"format": "pt"})
     refused(folder, tmp_path, "up_proj.weight is not in the checkpoint")
