@@ -242,6 +242,7 @@ class _Writer:
     source: Source
     summary: ExportSummary
     dtype: torch.dtype
+    rounded: int = 0
 
     def run(self, names: dict, layers: dict[str, Recipe], inputs: dict[str, Tensor], groups: dict[str, list[str]]):
         """All of them. groups: layers that are to share a tensor scale."""
@@ -258,6 +259,7 @@ class _Writer:
         ):
             layer = name.removesuffix(".weight")
             if name.endswith(".weight") and layer in layers:
+                self.rounded += tensor.dtype != self.dtype
                 weight = quantize_weight(self._on_device(tensor), layers[layer], name)
                 if (group := group_of.get(layer)) is not None:
                     shared = under_scale(weight, scales[group].to(weight.tensor_scale.device))
@@ -274,6 +276,11 @@ class _Writer:
                 self.summary.kept[name] = (tensor.nbytes, tensor.numel())
         moved = {group: (square / total) ** 0.5 for group, (square, total) in errors.items() if square}
         self.summary.requantized |= moved
+        if self.rounded:
+            self.summary.notes.append(
+                f"Weights were rounded to {str(self.dtype).removeprefix('torch.')} before they were packed, as autocast "
+                "does in training; if that computed in another dtype, give that as dtype."
+            )
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         """In the compute dtype; of a folder, on the GPU if there is one: the numerics are the same there."""

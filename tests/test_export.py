@@ -99,6 +99,19 @@ def test_inverses_of_scales_are_the_nearest_there_are():
     assert (back != scales).any() and (back != scales).sum() <= ((1.0 / (1.0 / scales)) != scales).sum()
 
 
+def test_the_compute_dtype_of_training_decides(saved, tmp_path):
+    folder = saved()
+    name = "model.layers.1.mlp.down_proj"
+    weight = tensors(folder)[f"{name}.weight"]
+    codes = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        summary = export(folder, tmp_path / str(dtype), "modelopt", dtype=dtype)
+        codes[dtype] = tensors(tmp_path / str(dtype))[f"{name}.weight"]
+        assert torch.equal(codes[dtype], quantize(weight.to(dtype), RECIPES["nvfp4"].fprop.b).codes)
+        assert ("rounded to bfloat16" in summary.describe()) == (dtype == torch.bfloat16)
+    assert not torch.equal(*codes.values())
+
+
 def test_fused_layers_share_a_scale_and_the_summary_says_what_it_cost(saved, tmp_path):
     folder = saved("nvfp4")
     summary = export(folder, tmp_path / "out", "modelopt")
