@@ -278,8 +278,8 @@ class _Writer:
         self.summary.requantized |= moved
         if self.rounded:
             self.summary.notes.append(
-                f"Weights were rounded to {str(self.dtype).removeprefix('torch.')} before they were packed, as autocast "
-                "does in training; if that computed in another dtype, give that as dtype."
+                f"Weights were rounded to {str(self.dtype).removeprefix('torch.')} before they were packed, as "
+                "autocast does in training; if that computed in another dtype, give that as dtype."
             )
 
     def _on_device(self, tensor: Tensor) -> Tensor:
