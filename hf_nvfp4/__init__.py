@@ -28,6 +28,7 @@ _EXPORTS = {
     "Decision": "convert",
     "quantize_model": "integration",
     "NVFP4TrainingConfig": "integration",
+    "export": "exporting",  # a module export.py would hide the function once it is imported
     "CastWeightsOnce": "schedule",
     "DistillationTrainer": "distillation",
     "OsciReset": "oscillation",
