@@ -202,7 +202,10 @@ class Folder:
         # A tensor of its own memory each: safetensors refuses shared ones.
         self._shards.append(list(self._pending))
         file = self.beside / self._shard_name(len(self._shards), 0)
+        file.touch()
+        mode = file.stat().st_mode  # safetensors gives nobody else leave to read it
         save_file(self._pending, file, metadata={"format": "pt", _VERSION_KEY: FORMAT_VERSION})
+        file.chmod(mode)
         self.tensor_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 

@@ -222,6 +222,8 @@ def test_plain_is_bf16_without_a_quantization_config(saved, tmp_path):
     assert all(torch.equal(found[name], master[name].bfloat16()) for name in found)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    modes = {(tmp_path / "out" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1  # whoever may read the one may read the other
 
 
 def test_a_model_and_its_folder_export_the_same(saved, tmp_path, build):
