@@ -23,6 +23,7 @@ ALLOWED = {
     "sharing": {"casts"},
     "conditioning": {"casts", "language", "reference", "rounding"},
     "linear": {"casts", "conditioning", "gemm", "language", "recipes", "sharing"},
+    "packed": {"backends", "casts", "gemm", "language", "linear", "recipes", "reference", "scores"},
     "convert": {"backends", "gemm", "language", "linear"},
     "schedule": {"casts", "convert", "language", "linear"},
     "oscillation": {"language", "linear", "reference", "sharing"},
