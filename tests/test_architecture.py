@@ -42,6 +42,7 @@ ALLOWED = {
     "bench_model": {"benchmarks", "convert", "integration", "sizes"},
     "bench_tables": {"scores"},
     "bench_rows": {"backends", "bench_tables", "benchmarks", "gemm"},
+    "bench_inference": {"bench_rows", "bench_tables", "benchmarks", "casts", "ops", "reference"},
     "quantizer_study": {"casts", "language", "reference", "rounding"},
     "captured": {"linear"},
     "model_study": {"captured", "data", "integration", "language", "linear", "packing"},

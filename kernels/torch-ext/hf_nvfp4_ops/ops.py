@@ -30,7 +30,7 @@ from .rotate import (
     rotate_transposed_kernel,
 )
 from .spec import CODES_ACROSS, CODES_SWIZZLED, FP8, NAMESPACE, NOTHING, VALUES, Plan, Spec, plan
-from .w4a16 import LARGEST_CHUNK, LARGEST_M, fit, has_fp8, tiles_for, w4a16_kernel
+from .w4a16 import LARGEST_CHUNK, LARGEST_M, Tiles, fit, has_fp8, tiles_for, w4a16_kernel
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AMAX, _CAST, _DEQUANTIZE, _FACTORS = map(Launcher, (amax_kernel, cast_kernel, dequantize_kernel, factors_kernel))
@@ -351,12 +351,17 @@ def scaled_matmul(
 # ---------------------------------------------------------------------------- packed weights
 
 
-def _linear_like(x, codes, scales, outer, bias) -> Tensor:
+def _linear_like(x, codes, scales, outer, bias, tiles=None) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
-@_operator("w4a16(Tensor x, Tensor codes, Tensor scales, Tensor outer, Tensor? bias) -> Tensor", fake=_linear_like)
-def w4a16(x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor, bias: Tensor | None) -> Tensor:
+@_operator(
+    "w4a16(Tensor x, Tensor codes, Tensor scales, Tensor outer, Tensor? bias, int[]? tiles=None) -> Tensor",
+    fake=_linear_like,
+)
+def w4a16(
+    x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor, bias: Tensor | None, tiles: list[int] | None = None
+) -> Tensor:
     """x [M, K] @ (codes · scales · outer) [N, K].T + bias: [M, N] in x's dtype, summed in FP32 and rounded once.
 
     Args:
@@ -364,9 +369,11 @@ def w4a16(x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor, bias: Tensor 
         codes: uint8 [N, K / 2], E2M1, the even column in the low nibble; scales: [N, K / 16], E4M3 (or its bytes);
             outer: an FP32 scalar on the device. All contiguous.
         bias: [N] or None.
+        tiles: those of the kernel, see `Tiles`; for benchmarks. None: `tiles_for`'s.
 
-    Up to `LARGEST_M` rows the weight is decoded in registers, and nothing is allocated but the result (and x in BF16).
-    More are multiplied by cuBLAS with the weight dequantized before, `LARGEST_CHUNK` elements of it at a time.
+    Up to `LARGEST_M` rows, and with `tiles` any number, the weight is decoded in registers, and nothing is allocated
+    but the result (and x in BF16). More are multiplied by cuBLAS with the weight dequantized before, `LARGEST_CHUNK`
+    elements of it at a time.
 
     Raises:
         TypeError, ValueError: sizes, dtypes or devices that the kernel does not take.
@@ -379,29 +386,30 @@ def w4a16(x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor, bias: Tensor 
     _check_like("outer", outer, x, torch.float32, ())
     if bias is not None:
         _check_like("bias", bias, x, bias.dtype, (n,))
-    if m > LARGEST_M and not blas.unfit(like := x[:1].bfloat16(), like, torch.bfloat16):
-        return _dequantized_matmul(x, codes, scales, outer, bias)
+    values = x.bfloat16()
+    if tiles is None and m > LARGEST_M and not blas.unfit(values, values, torch.bfloat16):
+        return _dequantized_matmul(values, codes, scales, outer, bias, x.dtype)
     out = _linear_like(x, codes, scales, outer, bias)
     if not k:
         return out.zero_() if bias is None else out.copy_(bias)
     if out.numel():
-        words = x.bfloat16()
-        words = words if words.data_ptr() % 4 == 0 and words.storage_offset() % 2 == 0 else words.clone()
-        tiles = tiles_for(m, n, k)
+        values = values.clone() if values.storage_offset() % 2 or values.data_ptr() % 4 else values
+        tiles = tiles_for(m, n, k) if tiles is None else Tiles(*tiles)
         with on(x.device):
-            tensors = (words.view(torch.int32), codes.view(torch.int32), scales, outer, bias, out)
+            tensors = (values.view(torch.int32), codes.view(torch.int32), scales, outer, bias, out)
             constants = (*tiles, fit(k, tiles.warps), has_fp8(x.device))
             _W4A16(tiles.programs(m, n), tensors, (m, n, k), constants, tiles.warps)
     return out
 
 
-def _dequantized_matmul(x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor, bias: Tensor | None) -> Tensor:
-    """`w4a16` by a GEMM of cuBLAS's for each LARGEST_CHUNK elements of the weight, which are BF16 for the while."""
-    dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
-    values, one = x.bfloat16(), torch.ones((), device=x.device)
+def _dequantized_matmul(
+    x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`w4a16` of x in BF16 by a GEMM of cuBLAS's for each LARGEST_CHUNK elements of the weight, BF16 for the while."""
+    wide, one = dtype if dtype == torch.bfloat16 else torch.float32, torch.ones((), device=x.device)
     rows, parts = max(1, LARGEST_CHUNK // x.shape[1]), []
     for first in range(0, len(codes), rows):
         part = slice(first, first + rows)
         weight = dequantize(codes[part], scales[part], str(Spec()), False)
-        parts.append(scaled_matmul(values, weight, one, outer, None if bias is None else bias[part], dtype))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
+        parts.append(scaled_matmul(x, weight, one, outer, None if bias is None else bias[part], wide))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype)
