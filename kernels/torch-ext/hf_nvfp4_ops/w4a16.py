@@ -30,17 +30,19 @@ MMA = tl.constexpr(
 
 @triton.jit
 def _low_half(word):
+    """The lower of two BF16, as FP32."""
     return as_float(word << 16)
 
 
 @triton.jit
 def _high_half(word):
+    """The upper one."""
     return as_float(word & -65536)
 
 
 @triton.jit
 def _low_halves(a, b):
-    """Of two words: a's below, b's above."""
+    """Of two words the lower halves, a's below, b's above."""
     if INTERPRETED:
         return a & 0xFFFF | b << 16
     else:
@@ -49,6 +51,7 @@ def _low_halves(a, b):
 
 @triton.jit
 def _high_halves(a, b):
+    """Of two words the upper halves, in the same order."""
     if INTERPRETED:
         return (a >> 16) & 0xFFFF | b & -65536
     else:
@@ -82,7 +85,7 @@ def _pairs(word):
 def _scales(code, FP8: tl.constexpr):
     """E4M3 bytes [C, 2] -> two equal BF16 a word: the scale times 2^118. FP8: whether the device has such a type."""
     if FP8:
-        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32) * SCALE_FACTOR * 0.5
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32) * (SCALE_FACTOR * 0.5)
     else:
         code = code.to(tl.int32)
         bits = (code & 0x80) << 24 | (code & 0x7F) << 20
@@ -108,7 +111,7 @@ def _scaled(pair, scale):
 
 @triton.jit
 def _dot_lanes(a, b, WARPS: tl.constexpr):
-    """What a thread's (a, b) give to the tile of their warp: FP32 [2, 32 · WARPS], columns 2t and 2t + 1 of row q."""
+    """What one register of each operand gives to the tile of a warp: a thread's columns 2t and 2t + 1 of row q."""
     a, b = tl.reshape(a, (WARPS, 8, 1, 4)), tl.reshape(b, (WARPS, 1, 8, 4))
     tile = tl.sum(_low_half(a) * _low_half(b) + _high_half(a) * _high_half(b), 3)  # [WARPS, 8, 8]
     even, odd = tl.split(tl.reshape(tile, (WARPS, 8, 4, 2)))
