@@ -25,6 +25,8 @@ _EXPORTS = {
     "NVFP4Linear": "linear",
     "use_recipe": "linear",
     "cast_weights_once": "linear",
+    "PackedLinear": "packed",
+    "pack_model": "packed",
     "Decision": "convert",
     "quantize_model": "integration",
     "NVFP4TrainingConfig": "integration",
