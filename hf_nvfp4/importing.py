@@ -116,9 +116,9 @@ def _check_scales(files: list[str], layout: Layout, packed: dict) -> None:
 
 
 class _Read(ConversionOps):
-    """The tensors of one weight -> the weight, in its parameter's dtype; or its layer packed, if that is an NVFP4Linear.
+    """The tensors of one weight -> the weight, in its parameter's dtype; or a packed layer for its NVFP4Linear.
 
-    activations: of the packed layer; None: none is to be packed.
+    activations: of the packed layer; None: the weight is wanted.
     """
 
     # Transformers does not cast what is given to an operation that has one.

@@ -78,7 +78,7 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
         if inference is not False and inference is not True and inference not in INFERENCE_CHOICES:
             raise unknown("choice of inference", inference, ["False", "True", *INFERENCE_CHOICES])
         if inference and backend != "auto":
-            raise ValueError(f"backend={backend!r}: packed layers choose theirs themselves; leave it out with inference")
+            raise ValueError(f"backend={backend!r}: packed layers choose theirs; leave it out with inference")
         self.quant_method = QUANT_METHOD
         self.inference = INFERENCE_CHOICES[0] if inference is True else inference
         self.recipe = get_recipes(recipe)
@@ -299,7 +299,7 @@ def quantize_model(model, config: NVFP4TrainingConfig) -> list[Decision]:
     if not isinstance(config, NVFP4TrainingConfig):
         raise ValueError(f"config is a {type(config).__name__}; pass hf_nvfp4.NVFP4TrainingConfig(...)")
     if config.inference:
-        raise ValueError("inference is for from_pretrained; leave it out, and call hf_nvfp4.pack_model(model) afterwards")
+        raise ValueError("inference is for from_pretrained; leave it out, and then call hf_nvfp4.pack_model(model)")
     decisions = _convert(model, config)
     if hasattr(model, "config"):
         model.config.quantization_config = copy.deepcopy(config)  # PrecisionSchedule writes into the model's
