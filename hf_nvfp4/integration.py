@@ -1,12 +1,13 @@
 """The skin over Transformers: a quantization config and a quantizer. Nothing else subclasses its quantizers.
 
 Importing this module registers both under `nvfp4_training`. The weights stay plain Parameters under their
-own names, so Transformers need not know anything after loading: the quantizer detaches itself. Packed layers, for
-inference, are a model's that is not saved.
+own names, so Transformers need not know anything after loading: the quantizer detaches itself. Packed layers are for
+inference; a model of them is not saved.
 """
 
 import copy
 import dataclasses
+import os
 
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -14,7 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_nvfp4.casts import unknown
-from hf_nvfp4.convert import Choice, Decision, convert
+from hf_nvfp4.convert import Choice, Decision, convert, summary
 from hf_nvfp4.data import InputError
 from hf_nvfp4.importing import Pack, check_packed, converter, forget_conversion, is_to_be_packed, packed_layout
 from hf_nvfp4.language import GEMM_CHOICES, Recipe, RecipeMap, recipe_for
@@ -43,15 +44,17 @@ class NVFP4TrainingConfig(QuantizationConfigMixin):
             a fraction (float in [0, 1)). None: the recipe's own.
         high_precision: GEMMs that run in BF16 all the same: None, "all" or "forward". `PrecisionSchedule`
             sets it, so that a checkpoint says in which precision it was being trained.
-        inference: keep the weights as 4-bit codes, for inference only: the converted layers are `PackedLinear`s, which
-            choose their backend themselves. "w4a16": activations in BF16, which is the more exact and what True means,
-            for a checkpoint with 4-bit activations too. "w4a4": activations are cast as the recipe says under a scale
-            for each token; a static scale of the inputs in a checkpoint is not used. The checkpoint may be
-            trained with hf_nvfp4 (it says itself how; give inference alone; codes are those of its weights rounded to
-            `dtype`); packed, as hf_nvfp4.export and others write it (its codes and scales are kept as they are,
-            its other layers are in high precision; the recipe is for activations alone); or a plain one, whose layers
-            are quantized as the other settings say. No more than one weight at a time is in high precision, besides
-            those of layers that are not converted. Never part of config.json; a model so loaded is not saved.
+        inference: for `from_pretrained`, to generate and score, not to train or save: the converted layers are
+            `PackedLinear`s, weights in 4.5 bits; while loading, one of them at a time is in high precision.
+            "w4a16", or True: activations in BF16, the more exact, for checkpoints with 4-bit activations too.
+            "w4a4": activations are cast as the recipe says, under a scale for each token; the static scales of inputs
+            that a checkpoint may hold are not used. The checkpoint is one of three kinds:
+            trained with hf_nvfp4: it says how itself, pass inference alone. Weights are rounded to from_pretrained's
+            `dtype` before they are packed: give the compute dtype of training (autocast's);
+            packed, by `hf_nvfp4.export` or others: its codes and scales are kept bit for bit, its other layers stay in
+            high precision, and the recipe says how "w4a4" casts activations, nothing else;
+            plain: the converted layers are rounded as the recipe says.
+            `config.json` never holds it. Which backend is used is the packed layers' own choice.
 
     Raises:
         ValueError: an unknown key, name or value; the message lists the known ones.
@@ -140,7 +143,9 @@ class PackedQuantizer(HfQuantizer):
         self.layout = packed_layout(checkpoint_files, QUANT_METHOD)
         if self.layout is not None:
             self.packed = check_packed(checkpoint_files, self.layout, model)
-            self.pre_quantized = True  # codes and scales are to be read as they are, not in the model's dtype
+        # Codes and scales are to be read as they are; plain weights, of our checkpoints too, in the model's dtype, and
+        # one after the other where they are packed on their way.
+        self.pre_quantized = self.layout is not None
         return model
 
     def get_weight_conversions(self):
@@ -207,8 +212,6 @@ class NVFP4TrainingQuantizer(PackedQuantizer):
             _convert(model, config)
         if self._activations is not None:
             check_packable(model, self._activations, loaded=False)
-            if self.layout is None:
-                self.pre_quantized = False  # Transformers then loads and packs one tensor after the other
         return model
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
@@ -268,6 +271,8 @@ def _convert_packed(model, config: NVFP4TrainingConfig, packed: list[str]) -> No
     given = [key for key in ("skip", "keep_bf16_first", "keep_bf16_last", "high_precision") if getattr(config, key)]
     if given:
         raise ValueError(f"the checkpoint says itself which layers are packed: leave out {' and '.join(given)}")
+    if not packed:
+        raise InputError("the checkpoint says that it is packed, and no weight in it is. Load it without inference.")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in packed:
         recipe, kind = recipe_for(config.recipe, name), type(linears[name])
@@ -278,6 +283,8 @@ def _convert_packed(model, config: NVFP4TrainingConfig, packed: list[str]) -> No
         NVFP4Linear.convert(linears[name], recipe)
     how = {True: "packed in the checkpoint", False: "not packed in the checkpoint"}
     model.nvfp4_decisions = [Decision(name, name in packed, how[name in packed]) for name in linears]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"hf_nvfp4: {summary(model.nvfp4_decisions)}", flush=True)
 
 
 def quantize_model(model, config: NVFP4TrainingConfig) -> list[Decision]:

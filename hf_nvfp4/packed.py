@@ -78,7 +78,7 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: as the class; or a weight that is sharded or not there.
         """
-        if reason := why_not_packed(linear, activations):
+        if reason := _why_not(linear, activations):
             raise ValueError(f"{linear.in_features}→{linear.out_features}: no packed weight: {reason}")
         weight = linear.weight.detach()
         q = quantize_weight(weight.to(dtype or weight.dtype), linear.train_recipe)
@@ -211,7 +211,7 @@ def _operand(q: QuantizedTensor, backend):
 # ---------------------------------------------------------------------------- packing
 
 
-def why_not_packed(linear: NVFP4Linear, activations: bool = False, loaded: bool = True) -> str | None:
+def _why_not(linear: NVFP4Linear, activations: bool = False, loaded: bool = True) -> str | None:
     """Why a layer can't be packed, or None. loaded: its weight has to be there by now."""
     if reason := why_not(linear.train_recipe, activations):
         return f"recipe {linear.train_recipe.name!r}: {reason}"
@@ -246,8 +246,8 @@ def pack_model(model: nn.Module, *, activations: bool = False, dtype: torch.dtyp
 def check_packable(model: nn.Module, activations: bool, loaded: bool = True) -> None:
     """ValueError if there is a converted layer that can't be packed. loaded: weights have to be there by now."""
     for name, linear in quantized_linears(model).items():
-        if reason := why_not_packed(linear, activations, loaded):
-            raise ValueError(f"{name} can't be packed: {reason}. Nothing was changed")
+        if reason := _why_not(linear, activations, loaded):
+            raise ValueError(f"{name} can't be packed: {reason}")
 
 
 def for_inference(model: nn.Module) -> nn.Module:

@@ -65,11 +65,12 @@ def test_a_trained_checkpoint_is_packed_as_it_was_trained(trained, settings, cap
 
 @pytest.mark.parametrize("fused", ["shared", "own"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_packed_checkpoint_stays_as_it_is(trained, tmp_path, layout, fused):
+def test_a_packed_checkpoint_stays_as_it_is(trained, tmp_path, layout, fused, capsys):
     folder = trained()
     export(folder, tmp_path / "out", layout.name, fused=fused, calibration=[IDS])
     found = load_file(tmp_path / "out" / "model.safetensors")
     model = load(tmp_path / "out", recipe="quartet2")
+    assert "converted 21 of 29 linears (8 linears: kept, not packed in the checkpoint)" in capsys.readouterr().out
     layers = packed_layers(model)
     assert len(layers) == 21 == sum(decision.converted for decision in model.nvfp4_decisions)
     for name, layer in layers.items():
@@ -126,6 +127,19 @@ def test_merged_experts_biases_and_tied_heads(llama_config, tmp_path, kind):
         assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
         biases = [layer.bias for layer in packed_layers(loaded).values() if layer.bias is not None]
         assert len(biases) == (6 if kind is Qwen2Config else 0) and not any(b.requires_grad for b in biases)
+
+
+def test_weights_that_transformers_splits_are_packed_each(build):
+    model = build("nvfp4")
+    names = [f"model.layers.0.{n}.weight" for n in ("self_attn.q_proj", "self_attn.k_proj", "input_layernorm")]
+    missing = set(names)
+    expected = pack_model(build("nvfp4"))
+    split = {name: [model.get_parameter(name).detach()] for name in names}
+    others = importing.Pack(False, []).convert(split, model=model, missing_keys=missing)
+    assert others.keys() == missing == {names[2]}
+    for name in names[:2]:
+        layers = [one.get_submodule(name.removesuffix(".weight")) for one in (model, expected)]
+        assert layers[0].codes.equal(layers[1].codes) and layers[0].tensor_scale.equal(layers[1].tensor_scale)
 
 
 # ---- Memory --------------------------------------------------------------------------------------------------
