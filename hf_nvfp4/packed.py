@@ -254,7 +254,7 @@ def for_inference(model: nn.Module) -> nn.Module:
     """A model whose layers are packed by now: in eval mode, frozen, not to be saved; prints what was packed."""
     model.eval().requires_grad_(False)
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = _not_saved
+        model.save_pretrained = model.push_to_hub = _not_saved
     if os.environ.get("RANK", "0") == "0":
         layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
         print(f"hf_nvfp4: packed {len(layers)} linears; {layers[0].extra_repr()} …\n{table(layers)}", flush=True)

@@ -216,6 +216,7 @@ def test_it_is_not_trained_saved_or_exported(trained, tmp_path):
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         with pytest.raises(ValueError, match="not saved.*hf_nvfp4.export the checkpoint that was trained"):
             model.save_pretrained(tmp_path / "out")
+        assert model.push_to_hub is model.save_pretrained  # which would make a repository before it saves
         with pytest.raises(InputError, match="packed for inference.*Export the checkpoint that was trained"):
             export(model, tmp_path / "out")
         with pytest.raises(ValueError, match="no converted linear layers"), use_recipe(model, "bf16"):
