@@ -31,9 +31,8 @@ class PackedLinear(nn.Module):
     scalar. A weight is (code × scale) × tensor_scale.
 
     Activations are rounded to BF16, products added in FP32 and rounded once: by Triton kernels where those run (see
-    `runs_kernel`), else in plain PyTorch, which decodes the weight part by part at each call. The kernel that decodes
-    the weight in registers has not run on a GPU yet: there the weight is dequantized for cuBLAS at each call, unless
-    the environment has HF_NVFP4_W4A16=1 at the import.
+    `runs_kernel`), else in plain PyTorch. Of up to 16 tokens a kernel decodes the weight in registers; for more it is
+    dequantized at each call, for cuBLAS (plain PyTorch does that always, part by part).
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`; in_features a multiple of 16. dtype: the
@@ -169,7 +168,8 @@ class PackedLinear(nn.Module):
         parts = ["W4A4", f"activations {self.recipe.fprop.a}"] if self.activations else ["W4A16"]
         if device.type != "meta":
             name = _backend(self.recipe, device).__name__.rpartition(".")[2]
-            parts.append(f"backend {name}" if self.activations else _means(device))
+            kernel = "Triton kernel" if runs_kernel(device) else "plain PyTorch"
+            parts.append(f"backend {name}" if self.activations else kernel)
         return ", ".join(parts)
 
     def extra_repr(self) -> str:
@@ -183,15 +183,6 @@ def runs_kernel(device: torch.device) -> bool:
     if bf16.kernels is None or device.type not in bf16.KERNEL_DEVICES:
         return False
     return device.type != "cuda" or bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _means(device: torch.device) -> str:
-    """What multiplies W4A16 there, of few tokens."""
-    if not runs_kernel(device):
-        return "plain PyTorch"
-    from hf_nvfp4.ops.w4a16 import largest_m
-
-    return "Triton kernel" if largest_m(device) else "dequantized at each call"
 
 
 def _backend(recipe: Recipe, device: torch.device):
