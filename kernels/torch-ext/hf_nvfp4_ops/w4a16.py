@@ -289,7 +289,7 @@ class Tiles(NamedTuple):
         return -(-n // (16 * self.tiles)) * -(-m // (8 * self.tokens))
 
 
-# More rows of x go to cuBLAS, and then so many elements of the weight at a time are BF16. The kernel was timed up to 16.
+# More rows of x go to cuBLAS, and then so many elements of the weight at a time are BF16. Timed up to 16.
 LARGEST_M, LARGEST_CHUNK = 16, 2**27
 
 
