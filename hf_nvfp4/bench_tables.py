@@ -7,6 +7,7 @@ from hf_nvfp4.scores import markdown_table
 BASE = "nn.Linear"  # in BF16; what speeds are compared with
 COPY = "copy"
 FP8_PRODUCTS = "FP8 products"
+COMPILED = {"regional": "each decoder block compiled by itself", "whole": "compiled as one", "none": "not compiled"}
 
 
 # ---- Cells ---------------------------------------------------------------------------------------------
@@ -107,6 +108,21 @@ weight, x and y. Tiles of {{name}} WxTxOxD: warps, tiles of 16 rows and of 8 tok
     return f"{markdown_table(header, lines)}\n{note.format(name='w4a16')}"
 
 
+def decode_table(rows: dict[str, dict], compiled: str, length: int, eager: bool) -> str:
+    """One line a model and batch."""
+    header = ["model", "ms a step", "tokens/s", "speed", "weights MiB", "× BF16", "check"]
+    lines = []
+    for name, row in rows.items():
+        base = rows[f"{BASE}, batch {row['batch']}"] if "batch" in row else row
+        speeds = [number(row.get("tokens_per_second"), 1, 1), number(row.get("speed"), 1, 3)]
+        lines.append([name, times(row)[0], *speeds, *memory(row, base, "weight_bytes"), outcome(row)])
+    how = "as launched by the host" if eager else "a replayed CUDA graph"
+    note = f"""
+One decode step, greedy, of sequences of about {length:,} tokens in a static cache: {how}, {COMPILED[compiled]}.
+Speed: of BF16's at the same batch. Weights: embeddings and head included, which stay in BF16."""
+    return f"{markdown_table(header, lines)}\n{note}"
+
+
 def model_table(rows: dict[str, dict], drift: float | None, compiled: str) -> str:
     """One line a training run, and what a step is."""
     header = ["model", "converted", "ms a step", "tokens/s", "speed", "peak MiB", "× BF16", "loss", "compile s"]
@@ -116,10 +132,9 @@ def model_table(rows: dict[str, dict], drift: float | None, compiled: str) -> st
          number(row.get("compile_seconds"), 1, 1), outcome(row)]
         for name, row in rows.items()
     ]  # fmt: skip
-    kinds = {"regional": "each decoder block compiled by itself", "whole": "compiled as one", "none": "not compiled"}
     differ = "" if drift is None else f", which differ by {100 * drift:+.1f}%"
     notes = f"""
-A step of Trainer: FP32 weights, BF16 autocast, gradients clipped at 1.0, fused AdamW; {kinds[compiled]}. Medians.
+A step of Trainer: FP32 weights, BF16 autocast, gradients clipped at 1.0, fused AdamW; {COMPILED[compiled]}. Medians.
 Speed: BF16's time, the mean of its first and last run{differ}, / its own. Peak: all that is allocated at once in
 training. Compile s: what the warm-up took beyond its steps."""
     return f"{markdown_table([*header, 'check'], lines)}\n{notes}"

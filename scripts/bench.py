@@ -9,6 +9,7 @@
     python scripts/bench.py --model 8b --layers 5 --keep_bf16_last 0 --compile --torchao tensorwise rowwise
     # Inference with a packed weight (W4A16) beside F.linear in BF16, with other tiles of the kernel too
     python scripts/bench.py inference --batches 1 4 16 --tiles 8x1x1x2 4x2x1x1
+    python scripts/bench.py decode --model 8b --compile --batches 1  # tokens/s of a whole model, packed and in BF16
 
 Each variant is first compared with backend `reference`, at the shape that is timed; one that computes something
 else is not timed. Layers are timed as replayed CUDA graphs, without the host's launching, and take turns; a number
@@ -38,7 +39,7 @@ from hf_nvfp4.scores import write_json
 from hf_nvfp4.sizes import SIZES, TIMED
 
 SCHEMA = 2
-BENCHMARKS = ["casts", "linear", "inference", "model"]
+BENCHMARKS = ["casts", "linear", "inference", "decode", "model"]
 MAIN_CASTS = ["rne", "sr", "2d", "rht", "rht_sr"]
 DEFAULTS = {
     "cuda": {
@@ -87,7 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", nargs="*", metavar="casts|linear|inference|model", help="default: casts linear; given --model, model")
+    add("what", nargs="*", metavar="WHAT", help=f"of {' '.join(BENCHMARKS)} (casts linear, or model if --model is given)")
     add("--recipes", nargs="+", default=["nvfp4"], metavar="R[@B]", help="recipes, each on the backend named")
     add("--backend", default="auto", help="where a recipe names none")
     add("--torchao", nargs="+", default=[], choices=["tensorwise", "rowwise"], help="torchao's float8 too")
@@ -188,6 +189,8 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--rounds, --batch, --sequence_length, --steps, --layers_in_a_row, --batches are at least 1")
     if any(size & (size - 1) for tiles in args.tiles for size in tiles[:1]):
         parser.error("--tiles: the number of warps is a power of two")
+    if "decode" in args.what and args.sequence_length < 256:
+        parser.error(f"--sequence_length {args.sequence_length}: decode needs at least 256")
     if "inference" in args.what and any(k % 16 for k, _ in args.inference_shapes):
         parser.error("--inference_shapes: in features are a multiple of 16")
     if not 0 <= args.memory_budget <= 1:
@@ -244,6 +247,13 @@ def announce(args: argparse.Namespace) -> dict:
     }
 
 
+def decode(args: argparse.Namespace) -> tuple[dict, str]:
+    """Decode steps of a model; see bench_decode."""
+    from hf_nvfp4.bench_decode import bench_decode  # not at the top: layers alone need no Transformers
+
+    return bench_decode(args)
+
+
 def benchmarks(args: argparse.Namespace):
     """(kind, what is special about it, a function that does it) of all that was asked for."""
     for shape in args.cast_shapes if "casts" in args.what else ():
@@ -252,6 +262,9 @@ def benchmarks(args: argparse.Namespace):
         yield "linear", {"shape": shape}, partial(bench_linear, args, shape)
     for shape in args.inference_shapes if "inference" in args.what else ():
         yield "inference", {"shape": shape}, partial(bench_inference, args, shape)
+    if "decode" in args.what:
+        names = ("model", "layers", "sequence_length", "compile")
+        yield "decode", {name: v for name in names if (v := getattr(args, name)) is not None}, partial(decode, args)
     if "model" in args.what:
         names = ("model", "layers", "batch", "sequence_length", "compile", "memory_budget")
         setting = {name: getattr(args, name) for name in names}

@@ -49,6 +49,9 @@ ALLOWED = {
     "bench_model": {"benchmarks", "convert", "integration", "sizes", "timing"},
     "bench_tables": {"scores"},
     "bench_rows": {"backends", "bench_model", "bench_tables", "benchmarks", "gemm", "timing"},
+    "bench_decode": {
+        "bench_inference", "bench_model", "bench_rows", "bench_tables", "benchmarks", "integration", "packed", "timing",
+    },
     "bench_inference": {"bench_rows", "bench_tables", "benchmarks", "casts", "ops", "reference", "timing"},
     "quantizer_study": {"casts", "language", "reference", "rounding"},
     "captured": {"linear"},

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_nvfp4 import Cast, NVFP4Linear, bench_inference, bench_rows, benchmarks, timing, yardstick
 from hf_nvfp4.backends import BACKENDS, bf16, reference
+from hf_nvfp4.packed import PackedLinear
 from hf_nvfp4.recipes import get_recipe
 
 SMALL = ["--device", "cpu", "--backend", "bf16", "--rounds", "2"]
@@ -90,6 +91,31 @@ def test_a_packed_weight(bench, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_inference, "_by_kernel", lambda x, tiles, q: honest(x, tiles, q) * 2)
     assert bench.main([*few, "--rounds", "1"]) == 1
     assert "ERROR Wrong: y is 1.0e+00 from" in capsys.readouterr().out
+
+
+def test_decoding_with_a_packed_model(bench, tmp_path, capsys, monkeypatch):
+    """A tiny model in plain PyTorch: BF16 and packed, the same embeddings; what computes something else is an error."""
+    monkeypatch.setattr(bf16, "KERNEL_DEVICES", set())
+    few = ["decode", "--device", "cpu", "--model", "tiny", "--layers", "1", "--rounds", "2", "--batches", "1", "3"]
+    few += ["--keep_bf16_last", "0"]
+    path = tmp_path / "bench.json"
+    status = bench.main([*few, "--compile", "none", "--json", str(path)])
+    rows, out = json.loads(path.read_text())["results"][0]["rows"], capsys.readouterr().out
+    assert status == 0, out
+    assert list(rows) == [f"{name}, batch {m}" for m in (1, 3) for name in ("nn.Linear", "w4a16 nvfp4")]
+    plain, packed = rows["nn.Linear, batch 3"], rows["w4a16 nvfp4, batch 3"]
+    linears = 4 * 192 * 192 + 3 * 192 * 640  # weights of a block
+    assert plain["weight_bytes"] - packed["weight_bytes"] == linears * 2 - (linears * 9 // 16 + 7 * 4)
+    assert packed["tokens_per_second"] == pytest.approx(3 / packed["time"]["median_seconds"])
+    assert "3 shapes within" in packed["check"] and "as launched by the host, not compiled" in out
+
+    honest = PackedLinear._by_torch
+    monkeypatch.setattr(PackedLinear, "_by_torch", lambda self, x: honest(self, x) * 2)
+    assert bench.main(few) == 1
+    assert "ERROR Wrong: y is 1.0e+00 from" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        bench.main([*few, "--sequence_length", "128"])
+    assert "decode needs at least 256" in capsys.readouterr().err
 
 
 def test_recipes_on_backends_of_their_own(bench, tmp_path):
@@ -220,7 +246,7 @@ def test_another_seed_and_nan_are_wrong(device):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["sing"], "unknown benchmark 'sing'; known: casts, linear, inference, model"),
+        (["sing"], "unknown benchmark 'sing'; known: casts, linear, inference, decode, model"),
         (["--recipes", "nvfp4@bf61"], "Did you mean 'bf16'?"),
         (["--recipes", "nvfp4@fp8"], "backend 'fp8'"),
         (["--torchao", "rowwise"], "pip install torchao"),
