@@ -88,7 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", nargs="*", metavar="WHAT", help=f"of {' '.join(BENCHMARKS)} (casts linear, or model if --model is given)")
+    add("what", nargs="*", metavar="WHAT", help=f"{' '.join(BENCHMARKS)} (casts linear, or model if --model is given)")
     add("--recipes", nargs="+", default=["nvfp4"], metavar="R[@B]", help="recipes, each on the backend named")
     add("--backend", default="auto", help="where a recipe names none")
     add("--torchao", nargs="+", default=[], choices=["tensorwise", "rowwise"], help="torchao's float8 too")
