@@ -25,6 +25,7 @@ from sharing_cases import (
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_nvfp4 import RECIPES
 from hf_nvfp4 import linear as linear_module
 from hf_nvfp4.backends import bf16
 from hf_nvfp4.timing import saved_bytes
@@ -59,9 +60,13 @@ def each_its_own(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recipe", [*RECIPES_THAT_SHARE, FORWARD_IN_BF16, *DRAWS_X, REDRAWS_X], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    ("recipe", "kernels"),
+    [(recipe, False) for recipe in (*RECIPES_THAT_SHARE, FORWARD_IN_BF16, *DRAWS_X, REDRAWS_X)]
+    + [(RECIPES[name], True) for name in ("nvfp4", "quartet2", "fp8")],  # interpreted, one takes ten seconds
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_an_input_is_cast_once_and_no_bit_changes(monkeypatch, device, triple, casts, recipe, autocast, kernels):
     if kernels:
         cast_by_kernels(monkeypatch, device)

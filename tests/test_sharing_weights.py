@@ -259,8 +259,8 @@ def test_trainer_casts_weights_once_a_step(build, tmp_path, casts):
         ({"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 1}, "the model is compiled"),
     ],
 )
-def test_the_callback_says_when_it_does_nothing(monkeypatch, build, tmp_path, arguments, reason):
-    said = []
+def test_the_callback_says_when_it_does_nothing(monkeypatch, llama_config, build, tmp_path, arguments, reason):
+    said, llama_config.num_hidden_layers = [], 1
     monkeypatch.setattr("hf_nvfp4.schedule.logger.warning", said.append)
     train(build("fp8_tensor"), tmp_path, [CastWeightsOnce()], **arguments)
     assert len(said) == 1 and reason in said[0]
