@@ -23,7 +23,8 @@ ALLOWED = {
     "sharing": {"casts"},
     "conditioning": {"casts", "language", "reference", "rounding"},
     "linear": {"casts", "conditioning", "gemm", "language", "recipes", "sharing"},
-    "convert": {"backends", "gemm", "language", "linear"},
+    "weight_reads": set(),
+    "convert": {"backends", "gemm", "language", "linear", "weight_reads"},
     "schedule": {"casts", "convert", "language", "linear"},
     "distillation": set(),
     "oscillation": {"language", "linear", "reference", "sharing"},
@@ -53,6 +54,9 @@ ALLOWED = {
     "plots": {"gaps", "report"},
     "cards": {"report", "scores"},
     "processes": set(),
+    "tiny_configs": set(),
+    "architectures": {"casts", "convert", "integration", "language", "linear", "tiny_configs"},
+    "architecture_tables": {"architectures", "scores", "tiny_configs"},
     "comparison": {"data", "gemm", "integration", "options", "processes", "report", "runlog", "scores"},
 }
 
