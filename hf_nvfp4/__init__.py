@@ -25,9 +25,12 @@ _EXPORTS = {
     "NVFP4Linear": "linear",
     "use_recipe": "linear",
     "cast_weights_once": "linear",
+    "PackedLinear": "packed",
+    "pack_model": "packed",
     "Decision": "convert",
     "quantize_model": "integration",
     "NVFP4TrainingConfig": "integration",
+    "export": "exporting",  # a module export.py would hide the function once it is imported
     "CastWeightsOnce": "schedule",
     "DistillationTrainer": "distillation",
     "OsciReset": "oscillation",

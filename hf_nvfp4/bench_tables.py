@@ -92,6 +92,21 @@ Its launch ms is mostly the benchmark's own."""
     return f"{markdown_table([*header, 'check'], lines)}\n{notes}"
 
 
+def inference_table(rows: dict[str, dict], layers: int, eager: bool) -> str:
+    """One line a product and batch."""
+    header = ["product", "µs a layer", "speed", "GB/s", "of copy", "check"]
+    lines = [
+        [name, number(row.get("layer_seconds"), 1e-6, 2), number(row.get("speed"), 1, 3),
+         number(row.get("bytes_per_second"), 1e9), number(row.get("share_of_copy"), 1, 3), outcome(row)]
+        for name, row in rows.items()
+    ]  # fmt: skip
+    how = "as launched by the host" if eager else "in one CUDA graph"
+    note = f"""
+{layers} layers one after the other, each with its own weight, {how}. Speed: of BF16's at the same batch. GB/s: of the
+weight, x and y. Tiles of {{name}} WxTxOxD: warps, tiles of 16 rows and of 8 tokens, steps read ahead."""
+    return f"{markdown_table(header, lines)}\n{note.format(name='w4a16')}"
+
+
 def model_table(rows: dict[str, dict], drift: float | None, compiled: str) -> str:
     """One line a training run, and what a step is."""
     header = ["model", "converted", "ms a step", "tokens/s", "speed", "peak MiB", "× BF16", "loss", "compile s"]

@@ -8,12 +8,14 @@ import copy
 import dataclasses
 
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_nvfp4.casts import unknown
 from hf_nvfp4.convert import Choice, Decision, convert
+from hf_nvfp4.importing import check_packed, converter, forget_conversion, packed_layout
 from hf_nvfp4.language import GEMM_CHOICES, Recipe, RecipeMap
+from hf_nvfp4.layouts import MODELOPT, layout_of
 from hf_nvfp4.recipes import get_recipes
 
 QUANT_METHOD = "nvfp4_training"
@@ -105,15 +107,24 @@ def _patterns(skip) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-@register_quantizer(QUANT_METHOD)
-class NVFP4TrainingQuantizer(HfQuantizer):
-    """Converts the skeleton before the weights are loaded, and leaves once they are."""
+class PackedQuantizer(HfQuantizer):
+    """Loads packed NVFP4 weights, if the checkpoint has them, as plain ones, dequantized exactly; then leaves."""
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        _convert(model, self.quantization_config)
+    layout = None
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        self.layout = packed_layout(checkpoint_files, QUANT_METHOD)
+        if self.layout is not None:
+            check_packed(checkpoint_files, self.layout, model)
+            self.pre_quantized = True  # codes and scales are to be read as they are, not in the model's dtype
         return model
 
+    def get_weight_conversions(self):
+        """How packed tensors become weights."""
+        return [] if self.layout is None else [converter(self.layout)]
+
     def _process_model_after_weight_loading(self, model, **kwargs):
+        forget_conversion(model)
         # A model that looks quantized is saved through the quantizer's state dict, which breaks Trainer's and
         # FSDP2's saves; ours has nothing to add to a plain state dict.
         model.is_quantized = False
@@ -139,6 +150,37 @@ class NVFP4TrainingQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """`torch.compile` traces through the layers."""
         return True
+
+
+@register_quantizer(QUANT_METHOD)
+class NVFP4TrainingQuantizer(PackedQuantizer):
+    """Converts the skeleton before the weights are loaded, and leaves once they are."""
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        super()._process_model_before_weight_loading(model, **kwargs)
+        _convert(model, self.quantization_config)
+        return model
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """The quantization_config of a ModelOpt checkpoint that is loaded without an NVFP4TrainingConfig: for inference."""
+
+    # The model is a plain one afterwards, without a quantization_config.
+    dequantize = True
+
+    def __init__(self, quant_method: str = MODELOPT.name, **details):
+        layout_of({"quant_method": quant_method, **details})
+        self.quant_method, self.details = quant_method, details
+
+    def to_dict(self) -> dict:
+        """As it was read."""
+        return {"quant_method": self.quant_method, **self.details}
+
+
+# Transformers has none of its own; should it get one, that one counts.
+if MODELOPT.name not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(MODELOPT.name)(PackedConfig)
+    register_quantizer(MODELOPT.name)(PackedQuantizer)
 
 
 def _convert(model, config: NVFP4TrainingConfig) -> list[Decision]:
@@ -198,13 +240,19 @@ _merge = AutoHfQuantizer.merge_quantization_configs
 
 
 def _merge_or_refuse(cls, quantization_config, quantization_config_from_args):
-    """Transformers ignores, with a warning, a config passed for a checkpoint that has one. For ours: an error."""
+    """Transformers ignores, with a warning, a config passed for a checkpoint that has one. For ours: an error.
+
+    Unless the checkpoint is packed NVFP4: how it is to be trained is for the one who loads it to say.
+    """
     saved, passed = (
         NVFP4TrainingConfig(**c) if isinstance(c, dict) and c.get("quant_method") == QUANT_METHOD else c
         for c in (quantization_config, quantization_config_from_args)
     )
     if isinstance(saved, NVFP4TrainingConfig) and isinstance(passed, NVFP4TrainingConfig):
         return _reconcile(saved, passed)
+    if isinstance(passed, NVFP4TrainingConfig) and not isinstance(saved, NVFP4TrainingConfig):
+        layout_of(saved if isinstance(saved, dict) else saved.to_dict())
+        return copy.deepcopy(passed)
     return _merge(saved, passed)
 
 

@@ -1,4 +1,4 @@
-"""Time casts, linear layers and training steps of recipes beside BF16, FP8 and a measured copy.
+"""Time casts, linear layers and training steps of recipes, and packed weights, beside BF16, FP8 and a measured copy.
 
     # Casts against a copy; forward + backward of a linear layer against nn.Linear in BF16
     python scripts/bench.py casts linear --json bench.json
@@ -7,6 +7,8 @@
     # Your own model, on your own GPU: steps of Trainer, then each of its layers alone, and where BF16 is faster
     python scripts/bench.py --model Qwen/Qwen3-0.6B --recipes nvfp4_hopper --compile
     python scripts/bench.py --model 8b --layers 5 --keep_bf16_last 0 --compile --torchao tensorwise rowwise
+    # Inference with a packed weight (W4A16) beside F.linear in BF16, with other tiles of the kernel too
+    python scripts/bench.py inference --batches 1 4 16 --tiles 8x1x1x2 4x2x1x1
 
 Each variant is first compared with backend `reference`, at the shape that is timed; one that computes something
 else is not timed. Layers are timed as replayed CUDA graphs, without the host's launching, and take turns; a number
@@ -27,6 +29,7 @@ import torch
 
 from hf_nvfp4 import timing, yardstick
 from hf_nvfp4.backends import BACKENDS
+from hf_nvfp4.bench_inference import bench_inference
 from hf_nvfp4.bench_rows import WEIGHTS, bench_casts, bench_layers, bench_linear, bench_model, recorded
 from hf_nvfp4.bench_tables import kernel_lines, outcome
 from hf_nvfp4.benchmarks import CASTS, YARDSTICK, Variant
@@ -35,12 +38,14 @@ from hf_nvfp4.scores import write_json
 from hf_nvfp4.sizes import SIZES, TIMED
 
 SCHEMA = 2
-BENCHMARKS = ["casts", "linear", "model"]
+BENCHMARKS = ["casts", "linear", "inference", "model"]
 MAIN_CASTS = ["rne", "sr", "2d", "rht", "rht_sr"]
 DEFAULTS = {
     "cuda": {
         "cast_shapes": [(16384, 4096), (16384, 14336)],
         "linear_shapes": [(16384, 4096, 14336), (16384, 2048, 8192), (16384, 2048, 2048)],
+        "inference_shapes": [(4096, 14336), (14336, 4096)],
+        "layers_in_a_row": 8,
         "model": "350m",
         "rounds": 30,
         "steps": 20,
@@ -48,6 +53,8 @@ DEFAULTS = {
     "cpu": {
         "cast_shapes": [(1024, 1024)],
         "linear_shapes": [(512, 512, 1024)],
+        "inference_shapes": [(256, 512)],
+        "layers_in_a_row": 2,
         "model": "tiny",
         "rounds": 5,
         "steps": 3,
@@ -80,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", nargs="*", metavar="casts|linear|model", help="default: casts linear; given --model, model")
+    add("what", nargs="*", metavar="casts|linear|inference|model", help="default: casts linear; given --model, model")
     add("--recipes", nargs="+", default=["nvfp4"], metavar="R[@B]", help="recipes, each on the backend named")
     add("--backend", default="auto", help="where a recipe names none")
     add("--torchao", nargs="+", default=[], choices=["tensorwise", "rowwise"], help="torchao's float8 too")
@@ -91,6 +98,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     casts = parser.add_argument_group("casts").add_argument
     casts("--casts", nargs="+", default=MAIN_CASTS, metavar="C", help=f"all, or of {', '.join(CASTS)}")
     casts("--cast_shapes", nargs="+", type=shape_of(2), metavar="MxK")
+    add_inference_options(parser.add_argument_group("inference").add_argument)
     add_layer_options(parser.add_argument_group("linear").add_argument)
     add_model_options(parser.add_argument_group("model").add_argument)
     args = parser.parse_args(argv)
@@ -114,6 +122,21 @@ def add_layer_options(add) -> None:
         choices=["none", "first", "all"],
         default="first",
         help="shapes for which to time a plain-PyTorch emulation compiled by inductor too",
+    )
+
+
+def add_inference_options(add) -> None:
+    """Those of inference."""
+    add("--inference_shapes", nargs="+", type=shape_of(2), metavar="KxN", help="in, out features")
+    add("--batches", nargs="+", type=int, default=[1, 4, 16], metavar="M", help="rows of x (%(default)s)")
+    add("--layers_in_a_row", type=int, metavar="L", help="weights that take turns (default: 8, on the CPU 2)")
+    add(
+        "--tiles",
+        nargs="+",
+        type=shape_of(4),
+        default=[],
+        metavar="WxTxOxD",
+        help="of the kernel, besides its own choice: warps, tiles of 16 rows, of 8 tokens, steps read ahead",
     )
 
 
@@ -160,8 +183,13 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         for name in names:
             if name not in known:
                 parser.error(f"unknown {kind} {name!r}; known: {', '.join(known)}")
-    if min(args.rounds, args.batch, args.sequence_length, args.steps) < 1:
-        parser.error("--rounds, --batch, --sequence_length and --steps are at least 1")
+    counts = (args.rounds, args.batch, args.sequence_length, args.steps, args.layers_in_a_row, *args.batches)
+    if min(counts) < 1:
+        parser.error("--rounds, --batch, --sequence_length, --steps, --layers_in_a_row, --batches are at least 1")
+    if any(size & (size - 1) for tiles in args.tiles for size in tiles[:1]):
+        parser.error("--tiles: the number of warps is a power of two")
+    if "inference" in args.what and any(k % 16 for k, _ in args.inference_shapes):
+        parser.error("--inference_shapes: in features are a multiple of 16")
     if not 0 <= args.memory_budget <= 1:
         parser.error(f"--memory_budget {args.memory_budget}: a fraction; 0 keeps next to nothing, 1 what saves time")
     if args.memory_budget < 1 and args.compile == "none":
@@ -222,6 +250,8 @@ def benchmarks(args: argparse.Namespace):
         yield "casts", {"shape": shape}, partial(bench_casts, args, shape)
     for shape in args.linear_shapes if "linear" in args.what else ():
         yield "linear", {"shape": shape}, partial(bench_linear, args, shape)
+    for shape in args.inference_shapes if "inference" in args.what else ():
+        yield "inference", {"shape": shape}, partial(bench_inference, args, shape)
     if "model" in args.what:
         names = ("model", "layers", "batch", "sequence_length", "compile", "memory_budget")
         setting = {name: getattr(args, name) for name in names}

@@ -28,7 +28,14 @@ ALLOWED = {
     "schedule": {"casts", "convert", "language", "linear"},
     "distillation": set(),
     "oscillation": {"language", "linear", "reference", "sharing"},
-    "integration": {"casts", "convert", "language", "linear", "recipes"},
+    "integration": {"casts", "convert", "importing", "language", "layouts", "linear", "recipes"},
+    "layouts": {"casts", "data", "formats", "reference"},
+    "shards": {"data"},
+    "importing": {"data", "layouts", "shards"},
+    "weights": {"data", "language", "layouts", "reference"},
+    "packed": {"backends", "gemm", "language", "linear", "ops", "recipes", "reference", "scores", "weights"},
+    "sources": {"convert", "data", "integration", "language", "layouts", "linear", "shards", "weights"},
+    "exporting": {"casts", "data", "integration", "language", "layouts", "shards", "sources", "weights"},
     "data": set(),
     "sizes": set(),
     "packing": {"data"},
@@ -39,10 +46,11 @@ ALLOWED = {
     "evaluation": {"gemm", "integration", "language", "linear", "scores"},
     "timing": set(),
     "yardstick": {"backends", "casts", "reference", "rounding"},
-    "benchmarks": {"backends", "casts", "gemm", "language", "linear", "ops", "recipes"},
-    "bench_model": {"benchmarks", "convert", "integration", "sizes"},
+    "benchmarks": {"backends", "casts", "gemm", "language", "linear", "ops", "recipes", "yardstick"},
+    "bench_model": {"benchmarks", "convert", "integration", "sizes", "timing"},
     "bench_tables": {"scores"},
-    "bench_rows": {"backends", "bench_tables", "benchmarks", "gemm"},
+    "bench_rows": {"backends", "bench_model", "bench_tables", "benchmarks", "gemm", "timing"},
+    "bench_inference": {"bench_rows", "bench_tables", "benchmarks", "casts", "ops", "reference", "timing"},
     "quantizer_study": {"casts", "language", "reference", "rounding"},
     "captured": {"linear"},
     "model_study": {"captured", "data", "integration", "language", "linear", "packing"},
@@ -66,6 +74,8 @@ def _imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_nvfp4."):
             names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "hf_nvfp4":
+            names |= {a.name for a in node.names}
         elif isinstance(node, ast.Import):
             names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("hf_nvfp4.")}
     return names

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_nvfp4 import Cast, NVFP4Linear, bench_rows, benchmarks, timing, yardstick
+from hf_nvfp4 import Cast, NVFP4Linear, bench_inference, bench_rows, benchmarks, timing, yardstick
 from hf_nvfp4.backends import BACKENDS, bf16, reference
 from hf_nvfp4.recipes import get_recipe
 
@@ -69,6 +69,27 @@ def test_casts_and_a_linear_layer(bench, tmp_path, capsys, traced):
     assert linear["nvfp4"]["speed"] == pytest.approx(1 / linear["nvfp4"]["ratio"])
     assert "as launched by the host" in out and report["graphs"] is False
     assert "| nvfp4, inductor |" in out and "GB/s" in out
+
+
+def test_a_packed_weight(bench, tmp_path, capsys, monkeypatch):
+    """Interpreted; where no kernel runs, or it computes something else, that is its row's error."""
+    cases = pytest.importorskip("kernel_cases", reason="the kernels need Triton")
+    if not cases.INTERPRETED or any(mark.name == "skipif" and mark.args[0] for mark in cases.MARKS):
+        pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1 and Triton 3.9")
+    few = ["inference", "--device", "cpu", "--inference_shapes", "64x16", "--batches", "2", "--layers_in_a_row", "1"]
+    path = tmp_path / "bench.json"
+    status = bench.main([*few, "--rounds", "1", "--tiles", "2x1x1x1", "--json", str(path)])
+    rows, out = json.loads(path.read_text())["results"][0]["rows"], capsys.readouterr().out
+    assert status == 0, out
+    assert list(rows) == [f"{name}, batch 2" for name in ("nn.Linear", "w4a16", "w4a16 2x1x1x1", "copy")]
+    assert rows["nn.Linear, batch 2"]["bytes"] == 2 * (16 * 64 + 2 * 64 + 2 * 16)
+    assert rows["w4a16, batch 2"]["bytes"] == 16 * 64 * 9 // 16 + 4 + 2 * (2 * 64 + 2 * 16)
+    assert all(row["time"]["median_seconds"] > 0 for row in rows.values()) and "| w4a16 2x1x1x1, batch 2 |" in out
+
+    honest = bench_inference._by_kernel
+    monkeypatch.setattr(bench_inference, "_by_kernel", lambda x, tiles, q: honest(x, tiles, q) * 2)
+    assert bench.main([*few, "--rounds", "1"]) == 1
+    assert "ERROR Wrong: y is 1.0e+00 from" in capsys.readouterr().out
 
 
 def test_recipes_on_backends_of_their_own(bench, tmp_path):
@@ -199,7 +220,7 @@ def test_another_seed_and_nan_are_wrong(device):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["sing"], "unknown benchmark 'sing'; known: casts, linear, model"),
+        (["sing"], "unknown benchmark 'sing'; known: casts, linear, inference, model"),
         (["--recipes", "nvfp4@bf61"], "Did you mean 'bf16'?"),
         (["--recipes", "nvfp4@fp8"], "backend 'fp8'"),
         (["--torchao", "rowwise"], "pip install torchao"),
@@ -210,6 +231,10 @@ def test_another_seed_and_nan_are_wrong(device):
         (["--cast_shapes", "64"], "'64' is not 2 sizes, as 4096x4096"),
         (["--linear_shapes", "64x0x64"], "'64x0x64' is not 3 sizes"),
         (["--rounds", "0"], "at least 1"),
+        (["inference", "--batches", "0"], "at least 1"),
+        (["inference", "--tiles", "3x1x1x1"], "a power of two"),
+        (["inference", "--tiles", "4x1"], "'4x1' is not 4 sizes"),
+        (["inference", "--inference_shapes", "40x16"], "a multiple of 16"),
         (["--model", "tiny", "--compile", "--memory_budget", "2"], "a fraction"),
         (["--model", "tiny", "--memory_budget", "0.9"], "add --compile"),
     ],

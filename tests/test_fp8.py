@@ -308,9 +308,12 @@ def test_a_tiny_llama_trains(hopper, build, llama_config):
     assert len(hopper) >= 3 * 20
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("recipe", [NEAREST, "fp8_tensor", "fp8"], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [(torch.float32, "aot_eager"), (torch.bfloat16, "aot_eager"), (torch.bfloat16, "inductor")],
+    ids=str,
+)
+@pytest.mark.parametrize("recipe", [NEAREST, "fp8_tensor", "fp8"], ids=lambda recipe: getattr(recipe, "name", recipe))
 def test_compiles_into_one_graph(ready, recipe, dtype, backend):
     layer = NVFP4Linear(64, 96, recipe=recipe, backend="fp8", dtype=dtype)
     x, dy = torch.randn(33, 64, dtype=dtype), torch.randn(33, 96, dtype=dtype)

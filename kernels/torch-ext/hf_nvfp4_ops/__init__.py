@@ -1,7 +1,7 @@
 """Triton kernels for block-quantized operands of GEMMs: cast, dequantize, multiply. See ops.py and spec.py."""
 
 from .blas import unfit
-from .ops import amax, cast, dequantize, padded, rotate, scaled_matmul
+from .ops import amax, cast, dequantize, padded, rotate, scaled_matmul, w4a16
 from .rotate import LARGEST_TRANSPOSED
 from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Spec, spec_text
 
@@ -22,4 +22,5 @@ __all__ = [
     "scaled_matmul",
     "spec_text",
     "unfit",
+    "w4a16",
 ]

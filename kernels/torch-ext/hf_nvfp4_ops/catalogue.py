@@ -1,4 +1,7 @@
-"""Every launch of cast.py, dequantize.py and rotate.py that recipes make, to compile without a GPU. See variants.py."""
+"""Launches of cast.py, dequantize.py, rotate.py and w4a16.py that layers make, to compile without a GPU.
+
+See variants.py.
+"""
 
 from dataclasses import replace
 
@@ -9,6 +12,7 @@ from .launch import OPTIONS, tile_for, tile_for_values
 from .rotate import NUM_WARPS, NUM_WARPS_TRANSPOSED, constants, rotate_kernel, rotate_transposed_kernel
 from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Plan, Spec, plan
 from .variants import Variant
+from .w4a16 import fit, tiles_for, w4a16_kernel
 
 _NVFP4 = Spec()
 _SR = Spec(rounding="stochastic")
@@ -119,6 +123,20 @@ def _rotate(size: int, drawn: bool = False, transposed: bool = False) -> Variant
     return Variant(name, kernel, types, constexprs, options, integers)
 
 
+def _w4a16(name: str, m: int, n: int, k: int, native: bool = True) -> Variant:
+    """The product of x [m, k] and a packed weight [n, k]; native: where E4M3 is a type of the device's."""
+    tiles = tiles_for(m, n, k)
+    types = {"x_ptr": "*i32", "codes_ptr": "*i32", "scales_ptr": "*u8", "outer_ptr": "*fp32", "y_ptr": "*bf16"}
+    types |= {"N": "i32", "K": "i32"} | ({"M": "i32"} if m > 1 else {})
+    constexprs = {"WARPS": tiles.warps, "TILES": tiles.tiles, "TOKENS": tiles.tokens, "DEPTH": tiles.depth}
+    constexprs |= {"FIT": fit(k, tiles.warps), "FP8": native, "bias_ptr": None} | ({} if m > 1 else {"M": 1})
+    arch = {"min_arch": 89} if native else {"max_arch": 86}
+    instruction = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32"
+    expect = {arch: instruction for arch in (80, 89, 90, 100, 120)}
+    options = {"num_warps": tiles.warps, **OPTIONS}
+    return Variant(f"w4a16_{name}", w4a16_kernel, types, constexprs, options, ("N", "K"), **arch, expect=expect)
+
+
 VARIANTS = [
     *map(_rotate, (32, 128, 4096)),
     _rotate(128, drawn=True),
@@ -135,5 +153,13 @@ VARIANTS = [
     _dequantize("fp8_across", _FP8, True),
     _dequantize("fp8_tensor_across", _E5M2, True),
     _dequantize("mxfp4", _MXFP4, False),
+    _w4a16("1_token_wide", 1, 14336, 4096),
+    _w4a16("1_token_long", 1, 4096, 14336),
+    _w4a16("4_tokens", 4, 14336, 4096),
+    _w4a16("16_tokens", 16, 14336, 4096),
+    _w4a16("64_tokens", 64, 4096, 14336),
+    _w4a16("ragged", 4, 4096, 4112),
+    _w4a16("1_token_by_integers", 1, 14336, 4096, native=False),
+    _w4a16("ragged_by_integers", 4, 4096, 4112, native=False),
     Variant("factors", factors_kernel, {n: "*fp32" for n in ("scale_a_ptr", "scale_b_ptr", "out_ptr")}, {"ADD": False}),
 ]

@@ -5,6 +5,7 @@
     dequantize(codes, scales, spec)                      BF16 code × block scale
     rotate(x, size, seed, transposed)                    BF16 random Hadamard transform, of x or xᵀ
     scaled_matmul(a, b, scale_a, scale_b, bias, dtype)   scale_a · scale_b · a @ b.T + bias
+    w4a16(x, codes, scales, outer, bias)                 x @ weight.T + bias of a packed NVFP4 weight
 
 Specs travel as text, see spec.py. The operators' namespace is this package's name, so that several versions can be
 loaded. They are defined with torch.library.Library, whose calls cost half of custom_op's.
@@ -28,11 +29,12 @@ from .rotate import (
     rotate_kernel,
     rotate_transposed_kernel,
 )
-from .spec import CODES_ACROSS, CODES_SWIZZLED, FP8, NAMESPACE, NOTHING, VALUES, Plan, plan
+from .spec import CODES_ACROSS, CODES_SWIZZLED, FP8, NAMESPACE, NOTHING, VALUES, Plan, Spec, plan
+from .w4a16 import LARGEST_CHUNK, Tiles, fit, has_fp8, largest_m, tiles_for, w4a16_kernel
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AMAX, _CAST, _DEQUANTIZE, _FACTORS = map(Launcher, (amax_kernel, cast_kernel, dequantize_kernel, factors_kernel))
-_ROTATE, _ROTATE_TRANSPOSED = map(Launcher, (rotate_kernel, rotate_transposed_kernel))
+_ROTATE, _ROTATE_TRANSPOSED, _W4A16 = map(Launcher, (rotate_kernel, rotate_transposed_kernel, w4a16_kernel))
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -344,3 +346,70 @@ def scaled_matmul(
         _FACTORS(1, (scale_a, scale_b, factors), (), (bias is not None,), 1)
         blas.matmul(a, b, factors, out)
     return out
+
+
+# ---------------------------------------------------------------------------- packed weights
+
+
+def _linear_like(x, codes, scales, outer, bias, tiles=None) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
+@_operator(
+    "w4a16(Tensor x, Tensor codes, Tensor scales, Tensor outer, Tensor? bias, int[]? tiles=None) -> Tensor",
+    fake=_linear_like,
+)
+def w4a16(
+    x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor, bias: Tensor | None, tiles: list[int] | None = None
+) -> Tensor:
+    """x [M, K] @ (codes · scales · outer) [N, K].T + bias: [M, N] in x's dtype, summed in FP32 and rounded once.
+
+    Args:
+        x: FP32, BF16 or FP16, rounded to BF16. K a multiple of 16.
+        codes: uint8 [N, K / 2], E2M1, the even column in the low nibble; scales: [N, K / 16], E4M3 (or its bytes);
+            outer: an FP32 scalar on the device. All contiguous.
+        bias: [N] or None.
+        tiles: those of the kernel, see `Tiles`; for benchmarks. None: `tiles_for`'s.
+
+    Up to `largest_m` rows, and with `tiles` any number, the weight is decoded in registers, and nothing is allocated
+    but the result (and x in BF16). More are multiplied by cuBLAS with the weight dequantized before, `LARGEST_CHUNK`
+    elements of it at a time.
+
+    Raises:
+        TypeError, ValueError: sizes, dtypes or devices that the kernel does not take.
+    """
+    x = _check(x).contiguous()
+    (m, k), n = x.shape, codes.shape[0]
+    scales = scales.view(torch.uint8) if scales.dtype == torch.float8_e4m3fn else scales
+    _check_like("codes", codes, x, torch.uint8, (n, k // 2))
+    _check_like("scales", scales, x, torch.uint8, (n, k // 16))
+    _check_like("outer", outer, x, torch.float32, ())
+    if bias is not None:
+        _check_like("bias", bias, x, bias.dtype, (n,))
+    values = x.bfloat16()
+    if tiles is None and m > largest_m(x.device) and not blas.unfit(values, values, torch.bfloat16):
+        return _dequantized_matmul(values, codes, scales, outer, bias, x.dtype)
+    out = _linear_like(x, codes, scales, outer, bias)
+    if not k:
+        return out.zero_() if bias is None else out.copy_(bias)
+    if out.numel():
+        values = values.clone() if values.storage_offset() % 2 or values.data_ptr() % 4 else values
+        tiles = tiles_for(m, n, k) if tiles is None else Tiles(*tiles)
+        with on(x.device):
+            tensors = (values.view(torch.int32), codes.view(torch.int32), scales, outer, bias, out)
+            constants = (*tiles, fit(k, tiles.warps), has_fp8(x.device))
+            _W4A16(tiles.programs(m, n), tensors, (m, n, k), constants, tiles.warps)
+    return out
+
+
+def _dequantized_matmul(
+    x: Tensor, codes: Tensor, scales: Tensor, outer: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`w4a16` of x in BF16 by a GEMM of cuBLAS's for each LARGEST_CHUNK elements of the weight, BF16 for the while."""
+    wide, one = dtype if dtype == torch.bfloat16 else torch.float32, torch.ones((), device=x.device)
+    rows, parts = max(1, LARGEST_CHUNK // x.shape[1]), []
+    for first in range(0, len(codes), rows):
+        part = slice(first, first + rows)
+        weight = dequantize(codes[part], scales[part], str(Spec()), False)
+        parts.append(scaled_matmul(x, weight, one, outer, None if bias is None else bias[part], wide))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(dtype)

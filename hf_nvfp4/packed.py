@@ -1,0 +1,264 @@
+"""Linear layers for inference whose weights stay packed: 4-bit codes and their scales, 4.5 bits a weight.
+
+Knows how a trained layer's weight becomes codes, and how those are multiplied: by activations in BF16 (W4A16), or by
+activations cast as the layer's recipe says (W4A4). Knows nothing of files; a packed model is not trained.
+"""
+
+import math
+import os
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hf_nvfp4.backends import bf16, fp4, fp4_triton
+from hf_nvfp4.gemm import backend_for, cast, multiply
+from hf_nvfp4.language import BY_KEY, Recipe
+from hf_nvfp4.linear import NVFP4Linear, quantized_linears
+from hf_nvfp4.recipes import get_recipe
+from hf_nvfp4.reference import QuantizedTensor
+from hf_nvfp4.scores import markdown_table
+from hf_nvfp4.weights import quantize_weight, why_not
+
+# Elements of a weight that are in high precision at a time, where no kernel decodes them.
+CHUNK = 2**22
+
+
+class PackedLinear(nn.Module):
+    """y = x Q(w)ᵀ + bias with Q(w) packed. Weights can't be trained any more; buffers:
+
+    codes: uint8 [N, K/2], the even column in the low nibble. scales: float8_e4m3fn [N, K/16]. tensor_scale: FP32
+    scalar. A weight is (code × scale) × tensor_scale.
+
+    Activations are rounded to BF16, products added in FP32 and rounded once: by Triton kernels where those run (see
+    `runs_kernel`), else in plain PyTorch, which decodes the weight part by part at each call. The kernel that decodes
+    the weight in registers has not run on a GPU yet: there the weight is dequantized for cuBLAS at each call, unless
+    the environment has HF_NVFP4_W4A16=1 at the import.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`; in_features a multiple of 16. dtype: the
+            bias's. The buffers are zeros, to be loaded; `from_linear` fills them.
+        recipe: a name in `RECIPES` or a `Recipe`, which the weight was trained with.
+        activations: cast them too, as the layer did in eval mode: a scale for each token, on the backend that "auto"
+            means, or exactly on `bf16` where that one takes no packed weight. The outputs are then the layer's.
+
+    Raises:
+        ValueError: a recipe whose forward does not multiply by an NVFP4 weight alone.
+    """
+
+    def __init__(
+        self, in_features, out_features, bias=True, device=None, dtype=None, *, recipe="nvfp4", activations=False
+    ):
+        super().__init__()
+        recipe = get_recipe(recipe).fitted(in_features, out_features)
+        reason = why_not(recipe, activations)
+        if in_features % 16:
+            raise ValueError(f"in_features={in_features} is not a multiple of 16: such weights can't be packed")
+        if reason:
+            raise ValueError(f"{in_features}→{out_features}: no packed weight: recipe {recipe.name!r}: {reason}")
+        self.in_features, self.out_features, self.activations = in_features, out_features, activations
+        self.recipe_name, self.eval_key = recipe.name, recipe.per_token().key
+        of = {"device": device}
+        self.register_buffer("codes", torch.zeros(out_features, in_features // 2, dtype=torch.uint8, **of))
+        self.register_buffer("scales", torch.zeros(out_features, in_features // 16, dtype=torch.float8_e4m3fn, **of))
+        self.register_buffer("tensor_scale", torch.ones((), dtype=torch.float32, **of))
+        values = torch.zeros(out_features, dtype=dtype, **of) if bias else None
+        self.bias = None if values is None else nn.Parameter(values, requires_grad=False)
+        self.eval()
+
+    @classmethod
+    def from_linear(
+        cls, linear: NVFP4Linear, *, activations: bool = False, dtype: torch.dtype | None = None
+    ) -> "PackedLinear":
+        """The packed layer of a trained one: its codes are those that the training forward multiplied by.
+
+        dtype: the compute dtype of training, to which weights are rounded before they are cast (autocast's, where it
+            was on); None: the weight's own.
+
+        Raises:
+            ValueError: as the class; or a weight that is sharded or not there.
+        """
+        if reason := _why_not(linear):
+            raise ValueError(f"{linear.in_features}→{linear.out_features}: no packed weight: {reason}")
+        weight = linear.weight.detach()
+        packed = cls(
+            linear.in_features, linear.out_features, False, "meta", recipe=linear.train_recipe, activations=activations
+        )
+        q = quantize_weight(weight.to(dtype or weight.dtype), linear.train_recipe)
+        packed.codes, packed.scales, packed.tensor_scale = q.tensors
+        if linear.bias is not None:
+            packed.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        return packed
+
+    @property
+    def recipe(self) -> Recipe:
+        """What eval mode of the trained layer computes with."""
+        return BY_KEY[self.eval_key]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes + self.tensor_scale.nbytes
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight [N, K]; `.dequantize(dtype)` gives its values."""
+        return QuantizedTensor(self.codes, self.scales, self.tensor_scale, self.recipe.fprop.b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_features] -> [..., out_features] in autocast's dtype, where that is on, else x's.
+
+        Raises:
+            RuntimeError: where gradients would be needed. TypeError: x is not a floating-point tensor.
+        """
+        if torch.is_grad_enabled() and (self.training or x.requires_grad):
+            raise RuntimeError(
+                "a packed layer gives no gradients: its weight is 4-bit codes. Call model.eval() and run under "
+                "torch.no_grad(); to train, load the checkpoint unpacked"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"PackedLinear takes floating-point inputs, not {x.dtype}")
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        tokens = x.reshape(-1, x.shape[-1]).to(dtype)
+        with torch.autocast(device, enabled=False):
+            if not tokens.numel() or not self.activations:
+                y = self._by_kernel(tokens) if runs_kernel(x.device) else self._by_torch(tokens)
+            else:
+                y = self._by_casts(tokens)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _by_kernel(self, x: Tensor) -> Tensor:
+        return bf16.kernels.ops.w4a16(x, self.codes, self.scales.view(torch.uint8), self.tensor_scale, self.bias)
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        """The same, `CHUNK` elements of the weight at a time."""
+        rows, parts, wide = max(1, CHUNK // self.in_features), [], x.bfloat16().float()
+        q = self.quantized()
+        for first in range(0, self.out_features, rows):
+            codes, scales = q.codes[first : first + rows], q.scales[first : first + rows]
+            values = QuantizedTensor(codes, scales, q.tensor_scale, q.cast).values()
+            parts.append(wide @ values.T * self.tensor_scale)
+        y = torch.cat(parts, 1)
+        return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+
+    def _by_casts(self, x: Tensor) -> Tensor:
+        recipe = self.recipe
+        backend = _backend(recipe, x.device)
+        a, _ = cast(x, backend, row=recipe.fprop.a)
+        return multiply(a, _operand(self.quantized(), backend), backend, x.dtype, self.bias)
+
+    def _apply(self, fn, recurse=True):
+        """Moves go through; a change of the floating-point type (`model.half()`) is the bias's alone."""
+        before = {name: getattr(self, name) for name in ("scales", "tensor_scale")}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            after = getattr(self, name)
+            if after.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        bits = 8 * self.weight_bytes / (self.in_features * self.out_features)
+        how = "W4A16, "
+        if self.activations:
+            how = f"W4A4, activations {self.recipe.fprop.a}, "
+        if self.codes.device.type != "meta":
+            if self.activations:
+                how += f"backend {_backend(self.recipe, self.codes.device).__name__.rpartition('.')[2]}, "
+            else:
+                how += f"{_means(self.codes.device)}, "
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {how}{bits:.2f} bits a weight, recipe={self.recipe_name!r}"
+
+
+def runs_kernel(device: torch.device) -> bool:
+    """Whether W4A16 on a device is the operator's, `ops.w4a16`: NVIDIA GPUs since Ampere, with Triton installed."""
+    if bf16.kernels is None or device.type not in bf16.KERNEL_DEVICES:
+        return False
+    return device.type != "cuda" or bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _means(device: torch.device) -> str:
+    """What multiplies W4A16 there, of few tokens."""
+    if not runs_kernel(device):
+        return "plain PyTorch"
+    from hf_nvfp4.ops.w4a16 import largest_m
+
+    return "Triton kernel" if largest_m(device) else "dequantized at each call"
+
+
+def _backend(recipe: Recipe, device: torch.device):
+    """The backend of activations that are cast: "auto"'s if it takes packed weights, or the exact one."""
+    chosen = backend_for("auto", recipe, device)
+    return chosen if chosen in (fp4, fp4_triton) else bf16
+
+
+def _operand(q: QuantizedTensor, backend):
+    """A packed weight as a backend's operand."""
+    if backend is bf16:
+        return q
+    codes = nn.functional.pad(q.codes, (0, -q.codes.shape[1] % fp4.CODE_BYTES))
+    return fp4.Operand(codes, fp4.swizzle(q.scales), q.tensor_scale, q.cast)
+
+
+# ---------------------------------------------------------------------------- packing
+
+
+def _why_not(linear: NVFP4Linear) -> str | None:
+    if reason := why_not(linear.train_recipe):
+        return f"recipe {linear.train_recipe.name!r}: {reason}"
+    if linear.weight.device.type == "meta":
+        return "the weight is not loaded (device meta)"
+    if type(linear.weight) is not nn.Parameter or linear.weight.shape != (linear.out_features, linear.in_features):
+        return "the weight is sharded; gather the model first"
+    return "its forward is replaced on the instance (a hook of Accelerate's?)" if "forward" in vars(linear) else None
+
+
+def pack_model(model: nn.Module, *, activations: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replace the NVFP4Linears of a model by PackedLinears, one by one, each BF16 weight freed as it goes.
+
+    The model is then for inference: in eval mode, its parameters frozen. Prints what was packed.
+
+    Args:
+        activations, dtype: as in `PackedLinear` and `PackedLinear.from_linear`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: a model without converted layers, or with one that can't be packed; then nothing was changed.
+    """
+    linears = quantized_linears(model)
+    for name, linear in linears.items():
+        if reason := _why_not(linear):
+            raise ValueError(f"{name} can't be packed: {reason}. Nothing was changed")
+    sizes = defaultdict(list)  # (in, out) -> bytes of each layer's weight before and after
+    for name in tqdm(list(linears), desc="packing", unit="layer", leave=False, disable=None):  # None: on terminals
+        linear = linears.pop(name)
+        packed = PackedLinear.from_linear(linear, activations=activations, dtype=dtype)
+        sizes[linear.in_features, linear.out_features].append((linear.weight.nbytes, packed.weight_bytes))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, packed)
+        del linear
+    model.eval().requires_grad_(False)
+    if os.environ.get("RANK", "0") == "0":
+        first = next(m for m in model.modules() if isinstance(m, PackedLinear))
+        print(f"hf_nvfp4: packed {sum(map(len, sizes.values()))} linears; {first.extra_repr()} …\n{table(sizes)}")
+    return model
+
+
+def table(sizes: dict[tuple[int, int], list[tuple[int, int]]]) -> str:
+    """A line for each shape of layers and one for all. sizes: (in, out) -> bytes before and after of each layer."""
+    lines = []
+
+    def line(name: str, weights: int, each: list[tuple[int, int]]) -> None:
+        before, after = (sum(bytes) for bytes in zip(*each, strict=True))
+        bits, mib = 8 * after / weights, [f"{bytes / 2**20:,.2f}" for bytes in (before, after)]
+        lines.append([name, str(len(each)), f"{bits:.2f}", *mib, f"{after / before:.3f}"])
+
+    for (k, n), each in sizes.items():
+        line(f"{k}→{n}", k * n * len(each), each)
+    total = sum(math.prod(shape) * len(each) for shape, each in sizes.items())
+    line("all", total, [pair for each in sizes.values() for pair in each])
+    return markdown_table(["in→out", "layers", "bits a weight", "MiB before", "MiB after", "ratio"], lines)

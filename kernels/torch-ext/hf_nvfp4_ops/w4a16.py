@@ -1,0 +1,320 @@
+"""Triton kernel: x [M, K] in BF16 times a packed NVFP4 weight [N, K], read once and decoded in registers.
+
+For few tokens, where the weight's bytes are the time. A warp has 16 · TILES rows of the weight; each thread loads 16
+bytes of codes, 32 columns, of two rows of each 16, and decodes them to pairs of BF16 that are the operand of
+`mma.sync.m16n8k16` as they lie: nothing of the weight goes through shared memory. The order of the columns is free
+in a sum, so x is put in the codes' order instead. The warps of a program share its rows and take turns along K; their
+FP32 sums are added at the end.
+
+Knows packed codes, E4M3 block scales and the FP32 scale above them; knows nothing of layers.
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import INTERPRETED as ON_CPU
+from .numerics import INTERPRETED, as_float, as_int, to_bf16, to_fp32
+
+# A pair's bits are E2M1's at the low end of BF16's exponent, 2^-126 of their value; a scale times 2^118 still fits
+# BF16; what is missing is left to the end.
+SCALE_FACTOR = tl.constexpr(2.0**119)  # twice: E4M3's bits at the low end of FP32's exponent are 2^-120 of their value
+REST = tl.constexpr(2.0**8)
+MMA = tl.constexpr(
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+)
+
+
+@triton.jit
+def _low_half(word):
+    """The lower of two BF16, as FP32."""
+    return as_float(word << 16)
+
+
+@triton.jit
+def _high_half(word):
+    """The upper one."""
+    return as_float(word & -65536)
+
+
+@triton.jit
+def _low_halves(a, b):
+    """Of two words the lower halves, a's below, b's above."""
+    if INTERPRETED:
+        return a & 0xFFFF | b << 16
+    else:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", (a, b), tl.int32, True, 1)
+
+
+@triton.jit
+def _high_halves(a, b):
+    """Of two words the upper halves, in the same order."""
+    if INTERPRETED:
+        return (a >> 16) & 0xFFFF | b & -65536
+    else:
+        return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", (a, b), tl.int32, True, 1)
+
+
+@triton.jit
+def _choose(a, b, MASK: tl.constexpr):
+    """a's bits where MASK has ones, else b's: one instruction, of which compilers make two."""
+    if INTERPRETED:
+        return a & MASK | b & ~MASK
+    else:
+        mask = tl.full(a.shape, MASK, tl.int32)
+        return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, $3, 0xCA;", "=r,r,r,r", (mask, a, b), tl.int32, True, 1)
+
+
+@triton.jit
+def _pairs(word):
+    """E2M1 of nibbles 0 and 4, 1 and 5, 2 and 6, 3 and 7 as two BF16 a word, times 2^-126.
+
+    In each half of a word the sign goes to bit 15 and the rest to bits 8 to 6: six further apart than in a nibble. So
+    they are parted first, of two nibbles at once.
+    """
+    low = _choose(word << 6, word, 0x22002200)
+    high = _choose(word, word >> 6, 0x88008800 - (1 << 32))
+    keep: tl.constexpr = 0x81C081C0 - (1 << 32)
+    return low << 6 & keep, low << 2 & keep, high << 4 & keep, high & keep
+
+
+@triton.jit
+def _scales(code, FP8: tl.constexpr):
+    """E4M3 bytes [C, 2] -> two equal BF16 a word: the scale times 2^118. FP8: whether the device has such a type."""
+    if FP8:
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32) * (SCALE_FACTOR * 0.5)
+    else:
+        code = code.to(tl.int32)
+        bits = (code & 0x80) << 24 | (code & 0x7F) << 20
+        value = as_float(bits) * SCALE_FACTOR * SCALE_FACTOR
+        value = tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+    low, high = tl.split(value)
+    return _high_halves(as_int(low), as_int(low)), _high_halves(as_int(high), as_int(high))
+
+
+@triton.jit
+def _scaled(pair, scale):
+    """The products of two BF16 and two others, in words: exact here."""
+    if INTERPRETED:
+        low = _low_half(pair) * _low_half(scale)
+        high = _high_half(pair) * _high_half(scale)
+        return as_int(high) & -65536 | (as_int(low) >> 16) & 0xFFFF
+    else:  # sm_80 has no mul.bf16x2; -0 leaves the sign of a zero
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }",
+            "=r,r,r", (pair, scale), tl.int32, True, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _dot_lanes(a, b, WARPS: tl.constexpr):
+    """What one register of each operand gives to the tile of a warp: a thread's columns 2t and 2t + 1 of row q."""
+    a, b = tl.reshape(a, (WARPS, 8, 1, 4)), tl.reshape(b, (WARPS, 1, 8, 4))
+    tile = tl.sum(_low_half(a) * _low_half(b) + _high_half(a) * _high_half(b), 3)  # [WARPS, 8, 8]
+    even, odd = tl.split(tl.reshape(tile, (WARPS, 8, 4, 2)))
+    return tl.reshape(even, (32 * WARPS,)), tl.reshape(odd, (32 * WARPS,))
+
+
+@triton.jit
+def _mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, WARPS: tl.constexpr):
+    """A warp's c [16, 8] + a [16, 16] @ b [16, 8], of registers one a thread: words of two BF16; FP32 for c.
+
+    Thread 4 q + t has rows q (a0, a2) and q + 8 (a1, a3) of a, column q of b, and of c columns 2t, 2t + 1 of row q
+    (c0, c1) and of row q + 8 (c2, c3).
+    """
+    if INTERPRETED:
+        even, odd = _dot_lanes(a0, b0, WARPS)
+        more_even, more_odd = _dot_lanes(a2, b1, WARPS)
+        c0, c1 = c0 + (even + more_even), c1 + (odd + more_odd)
+        even, odd = _dot_lanes(a1, b0, WARPS)
+        more_even, more_odd = _dot_lanes(a3, b1, WARPS)
+        return c0, c1, c2 + (even + more_even), c3 + (odd + more_odd)
+    else:
+        return tl.inline_asm_elementwise(
+            MMA, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", (a0, a1, a2, a3, b0, b1, c0, c1, c2, c3),
+            (tl.float32, tl.float32, tl.float32, tl.float32), False, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _four(v):
+    """[C, 4] -> its columns."""
+    even, odd = tl.split(tl.reshape(v, (v.shape[0], 2, 2)))
+    v0, v2 = tl.split(even)
+    v1, v3 = tl.split(odd)
+    return v0, v1, v2, v3
+
+
+@triton.jit
+def _read(ptr, rows, pitch, chunk, there, EACH: tl.constexpr, FIT: tl.constexpr):
+    """[C, EACH]: the chunk'th EACH elements of rows [C] that are `pitch` apart; zeros behind a row's last.
+
+    there: [C] which to read, else zeros; None: all.
+    """
+    columns = chunk[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    at = ptr + (rows.to(tl.int64) * pitch)[:, None] + columns
+    if FIT == 0:
+        inside = columns < pitch
+        return tl.load(at, inside if there is None else inside & there[:, None], 0)
+    elif there is None:
+        return tl.load(at)
+    else:
+        return tl.load(at, tl.broadcast_to(there[:, None], at.shape), 0)
+
+
+@triton.jit
+def _pitch(K, EACH: tl.constexpr, FIT: tl.constexpr):
+    """Elements in a row of which a chunk of 32 columns has EACH; by whole chunks, so that it is known to be aligned."""
+    return K // 32 * EACH if FIT else K // 16 * EACH // 2
+
+
+@triton.jit
+def _weight(codes_ptr, scales_ptr, first_row, lane, chunk, N, K, TILES: tl.constexpr, FIT: tl.constexpr):
+    """What threads read of their rows at their chunks of 32 columns: words [C, 4] and scales [C, 2] of each row.
+
+    Behind the last row and the last chunk, those once more.
+    """
+    words, scales = (), ()
+    chunk = tl.minimum(chunk, tl.cdiv(K, 32) - 1)
+    for i in tl.static_range(2 * TILES):
+        row = tl.minimum(first_row + 8 * i + lane // 4, N - 1)
+        words = words + (_read(codes_ptr, row, _pitch(K, 4, FIT), chunk, None, 4, FIT),)
+        scales = scales + (_read(scales_ptr, row, _pitch(K, 2, FIT), chunk, None, 2, FIT),)
+    return words, scales
+
+
+@triton.jit
+def _tokens(x_ptr, token, chunk, M, K, PART: tl.constexpr, FIT: tl.constexpr):
+    """x of a thread's token at the eight columns of word PART of its chunk, in the order of `_pairs`: four words [C].
+
+    Zeros behind the last chunk: what the weight has there does not count.
+    """
+    there = None if FIT == 2 else chunk < tl.cdiv(K, 32)
+    token = tl.minimum(token, M - 1)
+    x01, x23, x45, x67 = _four(_read(x_ptr, token, _pitch(K, 16, FIT), chunk * 4 + PART, there, 4, FIT))
+    return _low_halves(x01, x45), _high_halves(x01, x45), _low_halves(x23, x67), _high_halves(x23, x67)
+
+
+@triton.jit
+def _add_word(sums, low, high, low_scale, high_scale, x, AT: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr):
+    """The sums, to those from AT on added the products of one word of codes of two rows with x's words."""
+    low, high, new = _pairs(low), _pairs(high), sums
+    for k in tl.static_range(0, 4, 2):
+        a0, a1 = _scaled(low[k], low_scale), _scaled(high[k], high_scale)
+        a2, a3 = _scaled(low[k + 1], low_scale), _scaled(high[k + 1], high_scale)
+        old, new = new, ()
+        for i in tl.static_range(len(old)):
+            if i >= AT and i < AT + TOKENS:
+                c0, c1, c2, c3 = old[i]
+                new = new + (_mma(a0, a1, a2, a3, x[i - AT][k], x[i - AT][k + 1], c0, c1, c2, c3, WARPS),)
+            else:
+                new = new + (old[i],)
+    return new
+
+
+@triton.jit
+def w4a16_kernel(x_ptr, codes_ptr, scales_ptr, outer_ptr, bias_ptr, y_ptr, M, N, K, WARPS: tl.constexpr,
+                 TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, FIT: tl.constexpr,
+                 FP8: tl.constexpr):  # fmt: skip
+    """y [M, N] = x @ weight.T · outer + bias, for 16 · TILES rows of the weight and 8 · TOKENS of x.
+
+    x: BF16 [M, K], two a word; codes: [N, K / 8] words; scales: E4M3 bytes [N, K / 16]; outer: FP32; bias: [N] or None.
+    WARPS: those of a program. DEPTH: steps that the weight is read ahead. FIT: 2 if K is a multiple of 128 · WARPS, 1
+    if of 32, 0 if of 16. FP8: as `_scales`.
+    """
+    blocks = tl.cdiv(M, 8 * TOKENS)
+    first_row, first_token = tl.program_id(0) // blocks * (16 * TILES), tl.program_id(0) % blocks * (8 * TOKENS)
+    # A tensor has one element for each thread, in their order: `_mma` needs them so.
+    thread = tl.arange(0, 32 * WARPS)
+    lane = thread % 32
+    chunk = thread // 32 * 4 + lane % 4
+    zeros = tl.zeros((32 * WARPS,), tl.float32)
+    sums = ()
+    for _ in tl.static_range(TILES * TOKENS):
+        sums = sums + ((zeros, zeros, zeros, zeros),)
+    held = ()
+    for i in tl.static_range(DEPTH):
+        later = chunk + i * 4 * WARPS
+        held = held + (_weight(codes_ptr, scales_ptr, first_row, lane, later, N, K, TILES, FIT),)
+    for _ in range(tl.cdiv(K, 128 * WARPS)):
+        # What the DEPTH'th step from now needs is under way while this one computes.
+        later = chunk + DEPTH * 4 * WARPS
+        held = held + (_weight(codes_ptr, scales_ptr, first_row, lane, later, N, K, TILES, FIT),)
+        words, scales = held[0]
+        for part in tl.static_range(4):
+            x = ()
+            for i in tl.static_range(TOKENS):
+                x = x + (_tokens(x_ptr, first_token + 8 * i + lane // 4, chunk, M, K, part, FIT),)
+            for i in tl.static_range(TILES):
+                low, high = _four(words[2 * i])[part], _four(words[2 * i + 1])[part]
+                low_scale = _scales(scales[2 * i], FP8)[part // 2]
+                high_scale = _scales(scales[2 * i + 1], FP8)[part // 2]
+                sums = _add_word(sums, low, high, low_scale, high_scale, x, i * TOKENS, TOKENS, WARPS)
+        chunk += 4 * WARPS
+        held = held[1:]
+
+    factor = tl.load(outer_ptr)
+    lane = tl.arange(0, 32)[:, None, None]
+    half, column = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :]
+    for i in tl.static_range(TILES * TOKENS):
+        c0, c1, c2, c3 = sums[i]
+        both = tl.join(tl.join(c0, c2), tl.join(c1, c3))
+        y = tl.sum(tl.reshape(both, (WARPS, 32, 2, 2)), 0) * REST * factor
+        row = first_row + i // TOKENS * 16 + half * 8 + lane // 4 + 0 * column
+        token = first_token + i % TOKENS * 8 + lane % 4 * 2 + column + 0 * half
+        if bias_ptr is not None:
+            y += to_fp32(tl.load(bias_ptr + row, row < N, 0.0))
+        y = to_bf16(y) if y_ptr.dtype.element_ty == tl.bfloat16 else y
+        tl.store(y_ptr + token.to(tl.int64) * N + row, y, (row < N) & (token < M))
+
+
+class Tiles(NamedTuple):
+    """How a product is divided.
+
+    warps: of a program; they take turns along K, 128 columns each. tiles: of 16 rows of the weight, a program.
+    tokens: tiles of 8 rows of x. depth: steps that the weight is read ahead: a thread has 36 · tiles · depth bytes of
+    it under way.
+    """
+
+    warps: int
+    tiles: int
+    tokens: int
+    depth: int
+
+    def programs(self, m: int, n: int) -> int:
+        """Those of x [m, k] and a weight [n, k]."""
+        return -(-n // (16 * self.tiles)) * -(-m // (8 * self.tokens))
+
+
+# More rows of x go to cuBLAS, and then so many elements of the weight at a time are BF16. The first is to be tuned.
+LARGEST_M, LARGEST_CHUNK = 64, 2**27
+# No GPU has run this kernel yet: there all rows go to cuBLAS, unless this says otherwise (or `tiles` are given).
+TRIED = os.environ.get("HF_NVFP4_W4A16") == "1"
+
+
+def largest_m(device: torch.device) -> int:
+    """The most rows of x that the kernel multiplies by itself."""
+    return LARGEST_M if TRIED or device.type != "cuda" else 0
+
+
+def tiles_for(m: int, n: int, k: int) -> Tiles:
+    """The tiles for x [m, k] and a weight [n, k]. Few rows: more warps share them, so that all processors have some."""
+    warps = 8 if n < 8192 else 4
+    while warps > 1 and k < 128 * warps:
+        warps //= 2
+    return Tiles(warps, 1, 1 if m <= 8 else 2 if m <= 16 else 4, 2)
+
+
+def fit(k: int, warps: int) -> int:
+    """How rows of k columns are made of threads' chunks: the kernel's FIT."""
+    return 2 if k % (128 * warps) == 0 else 1 if k % 32 == 0 else 0
+
+
+@functools.cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether kernels on a device have E4M3 as a type."""
+    return device.type == "cuda" and not ON_CPU and torch.cuda.get_device_capability(device) >= (8, 9)
