@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_nvfp4.backends import BACKENDS
+from hf_nvfp4.conv1d import NVFP4Conv1D
 from hf_nvfp4.gemm import backend_name, check_backend
 from hf_nvfp4.language import Recipe, RecipeMap, check_block_count, matches, recipe_for
-from hf_nvfp4.linear import NVFP4Linear, quantized_linears, unsuitable
+from hf_nvfp4.linear import NVFP4Layer, NVFP4Linear, quantized_linears, unsuitable
 from hf_nvfp4.weight_reads import BOTH, READ, uses
 
 # Subclasses of nn.Linear whose own forward computes the same thing.
@@ -93,7 +95,12 @@ def decide(model: nn.Module, choice: Choice) -> list[Decision]:
 
 def _is_linear_like(module: nn.Module) -> bool:
     fused = type(module).__name__.endswith("Experts") and any(p.dim() == 3 for p in module.parameters(recurse=False))
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or fused
+    return isinstance(module, (nn.Linear, Conv1D)) or fused
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """in_features, out_features."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def _output_heads(model: nn.Module) -> set[nn.Module]:
@@ -152,22 +159,23 @@ def _unconvertible(name: str, module: nn.Module, model: nn.Module) -> str | None
     kind = type(module)
     if any(part.startswith("lora_") for part in name.split(".")):
         return "LoRA adapter"
-    if not isinstance(module, nn.Linear):
-        return "no recipe for fused experts yet" if kind.__name__ != "Conv1D" else "Conv1D is not converted yet"
-    if kind is not nn.Linear and kind.__name__ not in _LINEAR_FORWARDS:
-        return f"{kind.__name__} is a subclass of nn.Linear that may compute something else"
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return "no recipe for fused experts yet"
+    if kind not in (nn.Linear, Conv1D) and kind.__name__ not in _LINEAR_FORWARDS:
+        return f"{kind.__name__} is a subclass of {kind.__base__.__name__} that may compute something else"
     if _use(name, model) == READ:
         return f"{_class(model, name.rpartition('.')[0])} multiplies by its weight without calling it"
     if "forward" in vars(module):
         return "its forward is replaced on the instance (a hook of Accelerate's?); convert before dispatching"
-    return unsuitable(module)
+    return unsuitable(*_sizes(module))
 
 
-def _recipe_of(name: str, linear: nn.Linear, recipe: Recipe | RecipeMap) -> str:
+def _recipe_of(name: str, linear: nn.Module, recipe: Recipe | RecipeMap) -> str:
     """What a converted layer computes with, and what its shape changed."""
     recipe = recipe_for(recipe, name)
-    fitted, changes = recipe.fitted(linear.in_features, linear.out_features), []
-    for name, features in (("fprop", linear.in_features), ("dgrad", linear.out_features)):
+    sizes = _sizes(linear)
+    fitted, changes = recipe.fitted(*sizes), []
+    for name, features in zip(("fprop", "dgrad"), sizes, strict=True):
         before, after = (getattr(r, name).a.hadamard for r in (recipe, fitted))
         if before != after:
             changes.append(f", {name} rotated by {after}, not {before}, which does not divide {features}")
@@ -231,7 +239,7 @@ def convert(model: nn.Module, choice: Choice, high_precision: str | None = None)
     Raises:
         ValueError: as `decide`; or the model is converted already; or no backend runs the recipe there.
     """
-    if any(isinstance(module, NVFP4Linear) for module in model.modules()):
+    if any(isinstance(module, NVFP4Layer) for module in model.modules()):
         recipe = next(iter(quantized_linears(model).values())).recipe.name
         raise ValueError(
             f"this model is converted already (recipe {recipe!r}); use hf_nvfp4.use_recipe for another recipe, or "
@@ -249,7 +257,8 @@ def convert(model: nn.Module, choice: Choice, high_precision: str | None = None)
             backend = backend_name(choice.backend, active, device)
             line += f", backend {backend}: {BACKENDS[backend].exactness(active)}"
     for name, recipe in recipes.items():
-        NVFP4Linear.convert(modules[name], recipe, choice.backend, high_precision)
+        layer = NVFP4Conv1D if isinstance(modules[name], Conv1D) else NVFP4Linear
+        layer.convert(modules[name], recipe, choice.backend, high_precision)
     model.nvfp4_decisions = decisions
     _tell_transformers(model)
     if os.environ.get("RANK", "0") == "0":

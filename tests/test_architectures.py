@@ -15,6 +15,7 @@ DOZEN = {
     "gemma3_text": {ATTENTION, MLP},
     "mistral": {ATTENTION, MLP},
     "phi": {ATTENTION, MLP},
+    "gpt2": {ATTENTION, MLP},
     "nemotron": {ATTENTION, MLP},
     "nemotron_h": {ATTENTION, MLP, MIXER},
     "mamba2": {MIXER},

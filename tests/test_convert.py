@@ -148,7 +148,7 @@ def test_the_summary_says_which_precision_is_active(build, capsys):
     assert "recipe nvfp4, all in bf16, backend" in capsys.readouterr().out
 
 
-def test_fused_experts_and_conv1d_are_listed_not_passed_over():
+def test_fused_experts_are_listed_not_passed_over():
     class TinyExperts(nn.Module):
         def __init__(self):
             super().__init__()
