@@ -1,58 +1,44 @@
-"""How a module's code uses its layers: calls them, or reads their weights and multiplies by itself.
+"""Layers whose weight the code around them multiplies by itself: a converted layer quantizes in its forward.
 
-A converted layer quantizes in its forward; whoever reads `layer.weight` and multiplies goes past that. Knows source
-code; knows nothing of recipes.
+A layer is READ if methods of its module's class read `self.<layer>.weight` for its values and, its bias aside, do
+nothing else with `self.<layer>`; if they do both, some branch goes past its forward. Whatever can't be told (no source,
+a layer that is passed on, or held under another name) counts as CALLED. Knows source code; knows nothing of recipes.
 """
 
-import ast
 import functools
 import inspect
-import textwrap
+import re
+
+from torch import nn
 
 CALLED, READ, BOTH = "called", "read", "both"
+# self.<layer> and what is asked of it, unless that is assigned to, or its type is.
+_USE = re.compile(r"(?<!isinstance\()\bself\.(\w++)(?:\.(\w++))?+(?:\.(\w++))?+(?:\.\w++)*+(?!\s*=[^=])")
 # What is asked of a weight without multiplying by it.
 _METADATA = {"data", "device", "dim", "dtype", "ndim", "numel", "requires_grad", "shape", "size"}
 
 
 @functools.cache
 def uses(cls: type) -> dict[str, str]:
-    """Attribute -> CALLED, READ or BOTH, for what the methods of a class do with self.<attribute>.
+    """Attribute -> CALLED, READ or BOTH, for what the methods of a class and its bases do with self.<attribute>.
 
-    READ: of all that they do with it, something is done with its weight, and the rest is not more than reading its
-    bias. Any other use counts as a call. Methods that build or initialize are not looked at; classes without source
-    have no uses.
+    Methods that initialize are not looked at.
     """
     found: dict[str, set[str]] = {}
-    for base in reversed(cls.__mro__[:-1]):
+    for base in set(cls.__mro__) - set(nn.Module.__mro__):
         for name, method in vars(base).items():
-            if inspect.isfunction(method) and base.__module__ != "torch.nn.modules.module" and "init" not in name:
-                for attribute, use in _uses_of_method(method):
-                    found.setdefault(attribute, set()).add(use)
+            if inspect.isfunction(method) and "init" not in name:
+                for attribute, of, how in _uses_of(method):
+                    if of == "weight" and how not in _METADATA:
+                        found.setdefault(attribute, set()).add(READ)
+                    elif of not in ("weight", "bias"):
+                        found.setdefault(attribute, set()).add(CALLED)
     return {name: BOTH if len(ways) > 1 else ways.pop() for name, ways in found.items()}
 
 
 @functools.cache
-def _uses_of_method(method) -> frozenset[tuple[str, str]]:
+def _uses_of(method) -> list[tuple[str, str, str]]:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-    except (OSError, SyntaxError, TypeError):
-        return frozenset()
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-            parent = parents.get(node)
-            if not isinstance(parent, ast.Attribute):
-                found.add((node.attr, CALLED))
-            elif parent.attr == "weight" and _multiplies(parent, parents):
-                found.add((node.attr, READ))
-    return frozenset(found)
-
-
-def _multiplies(weight: ast.Attribute, parents: dict) -> bool:
-    """Whether a weight is used for its values, as far as one can see, and not stored into or asked for its dtype."""
-    parent = parents.get(weight)
-    if isinstance(parent, ast.Attribute):
-        return parent.attr not in _METADATA
-    is_test = isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.func.id == "isinstance"
-    return isinstance(weight.ctx, ast.Load) and not is_test
+        return _USE.findall(inspect.getsource(method))
+    except (OSError, TypeError):
+        return []

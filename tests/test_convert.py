@@ -166,14 +166,17 @@ class Router(nn.Module):
 
 
 class Reader(nn.Module):
-    """A mixer that calls one layer, multiplies by another's weight, and does either with a third."""
+    """A mixer that calls one layer, multiplies by another's weight, does either with a third, and passes one on."""
 
     def __init__(self):
         super().__init__()
-        self.called, self.read, self.both = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.called, self.read, self.both, self.passed_on = (nn.Linear(16, 16) for _ in range(4))
 
     def forward(self, x, fused=False):
         x = self.called(x).to(self.called.weight.dtype) @ self.read.weight.T + self.read.bias
+        if isinstance(self.passed_on.weight, nn.Parameter):
+            self.passed_on.weight = self.passed_on.weight.data
+        x = torch.utils.checkpoint.checkpoint(self.passed_on, x)
         return x @ self.both.weight.T if fused else self.both(x)
 
 
@@ -191,6 +194,7 @@ def test_a_layer_whose_weight_is_read_rather_than_called_is_not_reported_as_conv
         "called": "recipe nvfp4",
         "read": "Reader multiplies by its weight without calling it",
         "both": "recipe nvfp4, except where Reader multiplies by its weight directly (fused kernels)",
+        "passed_on": "recipe nvfp4",
     }
 
 
