@@ -2,18 +2,22 @@
 
 from collections import Counter
 
-from hf_nvfp4.architectures import KINDS, LEAST_COSINE, LOSS_TOLERANCE, NO_EXPERTS, NOISE, NOISE_FACTOR, SEED, Row
+from hf_nvfp4.architectures import KINDS, LEAST_COSINE, LOSS_TOLERANCE, NO_EXPERTS, NOISE, NOISE_FACTOR, SEED, SENSITIVE, Row
 from hf_nvfp4.scores import markdown_table
 from hf_nvfp4.tiny_configs import WIDTH
 
 
 def count_line(rows: list[Row]) -> str:
-    """Such as "170 of 175 pass (40 of them with experts in high precision); 6 can't be built tiny"."""
+    """Such as "170 of 175 pass (40 with fused experts kept in high precision); 6 can't be built tiny"."""
     status = Counter(row.status for row in rows)
-    experts = sum(row.status == "pass" and NO_EXPERTS in row.kept for row in rows)
+    passed = [row for row in rows if row.status == "pass"]
+    notes = {
+        "with fused experts kept in high precision": sum(NO_EXPERTS in row.kept for row in passed),
+        "sensitive to rounding": sum(any(r.startswith(SENSITIVE) for r in row.remarks) for row in passed),
+    }
+    notes = ", ".join(f"{count} {note}" for note, count in notes.items() if count)
     tried = len(rows) - status["not built"]
-    line = f"{status['pass']} of {tried} pass"
-    line += f" ({experts} of them with fused experts kept in high precision)" if experts else ""
+    line = f"{len(passed)} of {tried} pass" + (f" ({notes})" if notes else "")
     return f"{line}; {status['not built']} can't be built tiny"
 
 
