@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from hf_nvfp4.architectures import KINDS, LEAST_COSINE, LOSS_TOLERANCE, NO_EXPERTS, NOISE, NOISE_FACTOR, SEED, SENSITIVE, Row
+from hf_nvfp4.architectures import KINDS, LEAST_COSINE, LOSS_TOLERANCE, NO_EXPERTS, NOISE, NOISE_FACTOR, SEED, Row
 from hf_nvfp4.scores import markdown_table
 from hf_nvfp4.tiny_configs import WIDTH
 
@@ -13,7 +13,7 @@ def count_line(rows: list[Row]) -> str:
     passed = [row for row in rows if row.status == "pass"]
     notes = {
         "with fused experts kept in high precision": sum(NO_EXPERTS in row.kept for row in passed),
-        "sensitive to rounding": sum(any(r.startswith(SENSITIVE) for r in row.remarks) for row in passed),
+        "sensitive to rounding": sum(bool(row.control) for row in passed),
     }
     notes = ", ".join(f"{count} {note}" for note, count in notes.items() if count)
     tried = len(rows) - status["not built"]
@@ -40,7 +40,8 @@ def _number(value: float | None, digits: int) -> str:
 def _words(row: Row) -> str:
     kept = [f"{count} kept: {reason}" for reason, count in row.kept.items() if reason != "output head"]
     kept = [text.replace(f"kept: {NO_EXPERTS}", f"experts kept: {NO_EXPERTS}") for text in kept]
-    return "; ".join(filter(None, [row.reason, *kept, *row.remarks]))
+    control = f"sensitive to rounding: {row.control}" if row.control else ""
+    return "; ".join(filter(None, [row.reason, *kept, *row.remarks, control]))
 
 
 def page(rows: list[Row], types: dict[str, list[str]], command: str, versions: dict) -> str:

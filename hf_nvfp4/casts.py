@@ -41,9 +41,10 @@ class Cast:
     format: a key of `formats.FORMATS`.
     square: blocks of block × block elements, so that Q(w.T) == Q(w).T; else 1 × block.
     rounding: "nearest" (ties to even), "stochastic" (up with probability distance / step), or "eden" (MS-EDEN, arXiv
-        2601.22813, for nvfp4 with scale rules "amax" and "fp8_exact"): elements to nearest, then the block's scale is
-        multiplied by <x, x> / <x, Q(x)> and rounded stochastically. Over random rotations (hadamard=128,
-        signs="random") that is unbiased, with less than half of the squared error of stochastic rounding.
+        2601.22813, for nvfp4): elements to nearest, then the block's scale is multiplied by <x, x> / <x, Q(x)> and
+        rounded stochastically. Over random rotations (hadamard=128, signs="random") that is unbiased, with less than
+        half of the squared error of stochastic rounding. Scales chosen by rounding errors ("best") don't change that:
+        what is lost along x is put back.
     hadamard: size of the random Hadamard transform along the contraction dimension; 0: none.
     signs: those of the transform: "fixed", the same everywhere, or "random", drawn anew for each GEMM.
     headroom: factor on the scales. `SR_HEADROOM` makes stochastic rounding unbiased (no element
@@ -107,13 +108,12 @@ class Cast:
                 f"format {self.format!r} has no scale rule {self.scale_rule!r}, only "
                 f"{', '.join(self.block_format.scale_rules)}; {self.scale_rule!r} is for {', '.join(fitting)}"
             )
-        if self.scale_rule in CHOOSING_RULES + CLIPPING_RULES and self.rounding != "nearest":
-            biased = {"stochastic": "stochastic rounding", "eden": "MS-EDEN"}[self.rounding]
+        if self.scale_rule in CHOOSING_RULES + CLIPPING_RULES and self.rounding == "stochastic":
             chooses = self.scale_rule in CHOOSING_RULES
             does = "chooses a scale by its rounding errors" if chooses else "lets values saturate"
             raise ValueError(
-                f"scale_rule={self.scale_rule!r} {does}, which biases {biased}. "
-                "Use rounding='nearest' or scale_rule='amax'."
+                f"scale_rule={self.scale_rule!r} {does}, which biases stochastic rounding. "
+                "Use rounding='nearest', rounding='eden' or scale_rule='amax'."
             )
 
     def _check_eden(self):

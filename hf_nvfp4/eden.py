@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from hf_nvfp4.casts import Cast
-from hf_nvfp4.formats import FP8_EXACT_RANGE, FP8_EXACT_SIGNIFICANDS
+from hf_nvfp4.formats import CHOOSING_RULES, FP8_EXACT_RANGE, FP8_EXACT_SIGNIFICANDS
 from hf_nvfp4.rounding import round_to, sum16
 
 # Of each scale rule, what a block's largest magnitude becomes, and the largest scale before it is corrected. The bound
 # of "amax" is the paper's (arXiv 2601.22813): 6 · 16/17, for what rounding a scale takes, over 0.93, tuned for the
 # least squared error. That of "fp8_exact" is tuned on N(0, 1), 14.8e-3 of the signal's; the paper's gives 14.9e-3. A
 # correction is at most 1.24 for scales that large (one element of 6.94 cut to 6, all others just below 5 rounded to 4):
-# 256 · 1.24 is below 448 and 48 · 1.24 below 64, so no corrected scale saturates.
+# 256 · 1.24 is below 448 and 48 · 1.24 below 64, so no corrected scale saturates. Rules that choose may take up to 320
+# where the scale by amax is 192.
 LIMITS = {"amax": (6 * 16 / (17 * 0.93), 256.0), "fp8_exact": (6.0, 48.0)}
+LIMITS |= {rule: (6.0, 192.0) for rule in CHOOSING_RULES}
 
 
 def corrected(v: Tensor, elements: Tensor, scales: Tensor, random: Tensor, cast: Cast) -> Tensor:

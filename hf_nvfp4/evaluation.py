@@ -24,6 +24,7 @@ from hf_nvfp4.gemm import backend_name
 from hf_nvfp4.integration import QUANT_METHOD, NVFP4TrainingConfig
 from hf_nvfp4.language import Recipe, RecipeMap
 from hf_nvfp4.linear import NVFP4Layer, use_recipe
+from hf_nvfp4.packed import PackedLinear
 from hf_nvfp4.scores import AS_TRAINED, combine, estimate, standard_error
 
 TASKS = Path(__file__).parent / "tasks"
@@ -119,6 +120,8 @@ def precision(model, name: str) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext(model)
     if _converted(model):
         return use_recipe(model, name)
+    if _packed(model):
+        raise ValueError(f"a packed model can be scored as-trained only, not in {name!r}: its weights are 4-bit codes.")
     if name != "bf16":
         raise ValueError(
             f"a plain model, without an hf_nvfp4 configuration, can be scored as-trained or in bf16, not in "
@@ -132,6 +135,9 @@ def precision(model, name: str) -> contextlib.AbstractContextManager:
 def precision_detail(model) -> str:
     """In which arithmetic `model` runs now, in words."""
     linears = _converted(model)
+    if packed := _packed(model):
+        ways = " and ".join(sorted({f"recipe {x.recipe_name}, packed, {x.arithmetic}" for x in packed}))
+        return f"{ways}, in {len(packed)} linears; all else {_plain(model.dtype)}"
     if not linears and (other := getattr(model.config, "quantization_config", None)):
         return f"{getattr(other, 'quant_method', 'other')} quantization, not hf_nvfp4's; all else {_plain(model.dtype)}"
     if not linears:
@@ -145,6 +151,10 @@ def precision_detail(model) -> str:
 
 def _converted(model) -> list[NVFP4Layer]:
     return [module for module in model.modules() if isinstance(module, NVFP4Layer)]
+
+
+def _packed(model) -> list[PackedLinear]:
+    return [module for module in model.modules() if isinstance(module, PackedLinear)]
 
 
 def _plain(dtype: torch.dtype) -> str:

@@ -107,9 +107,9 @@ SCALE_RULES = {
     "make the largest magnitude 6 or 4, whichever errs less by squared error; under stochastic rounding the next one "
     "above, so that nothing saturates; under MS-EDEN the nearest, then a neighbour of what corrects it",
 }
-# Those that look at rounding errors: they would bias stochastic rounding and MS-EDEN.
+# Those that look at rounding errors: they would bias stochastic rounding.
 CHOOSING_RULES = ("4over6", "4over6_mse", "best")
-# Those under which elements may saturate by intent, which biases both too.
+# Those under which elements may saturate by intent, which biases it too.
 CLIPPING_RULES = ("rms",)
 # The largest element of E2M1 over the standard deviation, for the least squared error on N(0, 1).
 RMS_CLIP = 2.92247856

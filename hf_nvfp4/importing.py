@@ -1,4 +1,5 @@
-"""Packed NVFP4 checkpoints, ours and others', through Transformers' loading: checked first, then dequantized exactly.
+"""NVFP4 weights through Transformers' loading: packed ones checked first, then dequantized exactly or kept as they are;
+plain ones packed as they arrive, for inference.
 
 Knows Transformers' weight conversions and where a checkpoint says what it is; the layouts are layouts.py's.
 """
@@ -11,7 +12,11 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from hf_nvfp4.data import InputError
 from hf_nvfp4.layouts import Layout, layout_of
+from hf_nvfp4.linear import NVFP4Linear
+from hf_nvfp4.packed import PackedLinear
+from hf_nvfp4.reference import QuantizedTensor
 from hf_nvfp4.shards import Entry, entries, open_shard, read_json, shard_files
+from hf_nvfp4.weights import quantize_weight
 
 # Last parts of names of tensors that change what a weight is, in ways that plain NVFP4 has not.
 FOREIGN = ("pre_quant_scale", "weight_zero_point", "weight_g_idx", "weight_shape")
@@ -48,10 +53,13 @@ def packed_layout(files: list[str] | None, own_method: str) -> Layout | None:
     return None
 
 
-def check_packed(files: list[str], layout: Layout, model: nn.Module) -> None:
-    """InputError unless the files hold a weight for each linear layer of the model, packed as `layout` says or plain.
+def check_packed(files: list[str], layout: Layout, model: nn.Module) -> list[str]:
+    """The names of the layers whose weights are packed.
 
     Reads the files' headers and the packed weights' scales, one at a time.
+
+    Raises:
+        InputError: unless the files hold a weight for each linear layer of the model, packed as `layout` says or plain.
     """
     described = shard_files(Path(files[0]).parent)  # in a cache of the Hub too, its index lies beside the shards
     given = {Path(file): None for file in files}
@@ -79,6 +87,7 @@ def check_packed(files: list[str], layout: Layout, model: nn.Module) -> None:
             "A shard is missing, or it is another model's: fetch it again."
         )
     _check_scales(files, layout, packed)
+    return list(packed)
 
 
 def _packed(found: dict[str, Entry], layout: Layout) -> dict[str, dict[str, Entry]]:
@@ -106,28 +115,84 @@ def _check_scales(files: list[str], layout: Layout, packed: dict) -> None:
                     layout.check_values(layer, part, shard.get_tensor(name))
 
 
-class _Dequantize(ConversionOps):
-    """The tensors of one weight -> the weight, in its parameter's dtype."""
+class _Read(ConversionOps):
+    """The tensors of one weight -> the weight, in its parameter's dtype; or a packed layer for its NVFP4Linear.
+
+    activations: of the packed layer; None: the weight is wanted.
+    """
 
     # Transformers does not cast what is given to an operation that has one.
     hf_quantizer = True
 
-    def __init__(self, layout: Layout):
-        self.layout = layout
+    def __init__(self, layout: Layout, activations: bool | None):
+        self.layout, self.activations = layout, activations
 
-    def convert(self, input_dict: dict, *, full_layer_name: str, model: nn.Module, **kwargs) -> dict[str, Tensor]:
+    def convert(
+        self, input_dict: dict, *, full_layer_name: str, model: nn.Module, missing_keys: set[str], **kwargs
+    ) -> dict[str, Tensor]:
         """input_dict: source pattern -> [tensor]."""
         parts = {pattern.removesuffix("$"): tensors for pattern, tensors in input_dict.items()}
         parts = {part: found[0] if isinstance(found, list) else found for part, found in parts.items()}
-        dtype = model.state_dict()[full_layer_name].dtype
+        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
         if self.layout.scales not in parts:
             return {full_layer_name: parts["weight"].to(dtype)}
-        return {full_layer_name: self.layout.read(parts).dequantize(torch.float32).to(dtype)}
+        weight = self.layout.read(parts)
+        if self.activations is None:
+            return {full_layer_name: weight.dequantize(torch.float32).to(dtype)}
+        _put(model, full_layer_name, weight, self.activations, missing_keys)
+        return {}
 
 
-def converter(layout: Layout) -> WeightConverter:
-    """What makes Transformers load packed weights of a layout into plain ones."""
-    return WeightConverter([f"{part}$" for part in layout.parts], "weight", [_Dequantize(layout)])
+class Pack(ConversionOps):
+    """Plain weights -> those of NVFP4Linears as packed layers in their places, the others as they are.
+
+    problems: where an error is put, to be raised after loading: Transformers would log it and raise another.
+    """
+
+    def __init__(self, activations: bool, problems: list[InputError]):
+        self.activations, self.problems = activations, problems
+
+    def convert(self, input_dict: dict, *, model: nn.Module, missing_keys: set[str], **kwargs) -> dict[str, Tensor]:
+        """input_dict: the parameter's name -> [tensor]."""
+        others = {}
+        for name, found in input_dict.items():
+            weight = found[0] if isinstance(found, list) else found
+            if not is_to_be_packed(model, name):
+                others[name] = found
+                continue
+            linear = model.get_submodule(name.removesuffix(".weight"))
+            try:
+                if weight.shape != linear.weight.shape:
+                    have, wanted = list(weight.shape), list(linear.weight.shape)
+                    raise InputError(f"{name} is {have}, and {wanted} in the model. They don't belong together.")
+                q = quantize_weight(weight, linear.train_recipe, name)
+            except InputError as error:
+                self.problems.append(error)
+                missing_keys.discard(name)
+                continue
+            _put(model, name, q, self.activations, missing_keys)
+        return others
+
+
+def is_to_be_packed(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is a weight that `Pack` packs."""
+    layer, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(layer), NVFP4Linear)
+
+
+def _put(model: nn.Module, name: str, weight: QuantizedTensor, activations: bool, missing_keys: set[str]) -> None:
+    """The packed layer of a weight that has arrived, in its layer's place."""
+    layer = name.removesuffix(".weight")
+    linear = model.get_submodule(layer)
+    packed = PackedLinear.holding(weight, linear, activations)
+    packed.bias = linear.bias  # the very parameter, loaded or not yet
+    model.set_submodule(layer, packed)
+    missing_keys.discard(name)
+
+
+def converter(layout: Layout, activations: bool | None = None) -> WeightConverter:
+    """What makes Transformers load packed weights of a layout into plain ones, or, with `activations`, keep them."""
+    return WeightConverter([f"{part}$" for part in layout.parts], "weight", [_Read(layout, activations)])
 
 
 def forget_conversion(model: nn.Module) -> None:
@@ -138,5 +203,5 @@ def forget_conversion(model: nn.Module) -> None:
 
 
 def _is_ours(conversion) -> bool:
-    return any(isinstance(operation, _Dequantize) for operation in getattr(conversion, "operations", ()))
+    return any(isinstance(operation, _Read) for operation in getattr(conversion, "operations", ()))
 

@@ -4,7 +4,6 @@ Knows how a trained layer's weight becomes codes, and how those are multiplied: 
 activations cast as the layer's recipe says (W4A4). Knows nothing of files; a packed model is not trained.
 """
 
-import math
 import os
 from collections import defaultdict
 
@@ -32,9 +31,8 @@ class PackedLinear(nn.Module):
     scalar. A weight is (code × scale) × tensor_scale.
 
     Activations are rounded to BF16, products added in FP32 and rounded once: by Triton kernels where those run (see
-    `runs_kernel`), else in plain PyTorch, which decodes the weight part by part at each call. The kernel that decodes
-    the weight in registers has not run on a GPU yet: there the weight is dequantized for cuBLAS at each call, unless
-    the environment has HF_NVFP4_W4A16=1 at the import.
+    `runs_kernel`), else in plain PyTorch. Of up to 16 tokens a kernel decodes the weight in registers; for more it is
+    dequantized at each call, for cuBLAS (plain PyTorch does that always, part by part).
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`; in_features a multiple of 16. dtype: the
@@ -79,13 +77,18 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: as the class; or a weight that is sharded or not there.
         """
-        if reason := _why_not(linear):
+        if reason := _why_not(linear, activations):
             raise ValueError(f"{linear.in_features}→{linear.out_features}: no packed weight: {reason}")
         weight = linear.weight.detach()
+        q = quantize_weight(weight.to(dtype or weight.dtype), linear.train_recipe)
+        return cls.holding(q, linear, activations)
+
+    @classmethod
+    def holding(cls, q: QuantizedTensor, linear: NVFP4Linear, activations: bool = False) -> "PackedLinear":
+        """The packed layer in a trained one's place whose weight is q [N, K], kept as it is."""
         packed = cls(
             linear.in_features, linear.out_features, False, "meta", recipe=linear.train_recipe, activations=activations
         )
-        q = quantize_weight(weight.to(dtype or weight.dtype), linear.train_recipe)
         packed.codes, packed.scales, packed.tensor_scale = q.tensors
         if linear.bias is not None:
             packed.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
@@ -158,18 +161,21 @@ class PackedLinear(nn.Module):
                 setattr(self, name, tensor.to(after.device))
         return self
 
+    @property
+    def arithmetic(self) -> str:
+        """How it computes, in words."""
+        device = self.codes.device
+        parts = ["W4A4", f"activations {self.recipe.fprop.a}"] if self.activations else ["W4A16"]
+        if device.type != "meta":
+            name = _backend(self.recipe, device).__name__.rpartition(".")[2]
+            kernel = "Triton kernel" if runs_kernel(device) else "plain PyTorch"
+            parts.append(f"backend {name}" if self.activations else kernel)
+        return ", ".join(parts)
+
     def extra_repr(self) -> str:
         bits = 8 * self.weight_bytes / (self.in_features * self.out_features)
-        how = "W4A16, "
-        if self.activations:
-            how = f"W4A4, activations {self.recipe.fprop.a}, "
-        if self.codes.device.type != "meta":
-            if self.activations:
-                how += f"backend {_backend(self.recipe, self.codes.device).__name__.rpartition('.')[2]}, "
-            else:
-                how += f"{_means(self.codes.device)}, "
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, {how}{bits:.2f} bits a weight, recipe={self.recipe_name!r}"
+        return f"{sizes}, {self.arithmetic}, {bits:.2f} bits a weight, recipe={self.recipe_name!r}"
 
 
 def runs_kernel(device: torch.device) -> bool:
@@ -177,15 +183,6 @@ def runs_kernel(device: torch.device) -> bool:
     if bf16.kernels is None or device.type not in bf16.KERNEL_DEVICES:
         return False
     return device.type != "cuda" or bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _means(device: torch.device) -> str:
-    """What multiplies W4A16 there, of few tokens."""
-    if not runs_kernel(device):
-        return "plain PyTorch"
-    from hf_nvfp4.ops.w4a16 import largest_m
-
-    return "Triton kernel" if largest_m(device) else "dequantized at each call"
 
 
 def _backend(recipe: Recipe, device: torch.device):
@@ -205,12 +202,13 @@ def _operand(q: QuantizedTensor, backend):
 # ---------------------------------------------------------------------------- packing
 
 
-def _why_not(linear: NVFP4Layer) -> str | None:
+def _why_not(linear: NVFP4Layer, activations: bool = False, loaded: bool = True) -> str | None:
+    """Why a layer can't be packed, or None. loaded: its weight has to be there by now."""
     if not isinstance(linear, NVFP4Linear):
         return f"{type(linear).__name__} holds its weight transposed; only NVFP4Linear can be packed"
-    if reason := why_not(linear.train_recipe):
+    if reason := why_not(linear.train_recipe, activations):
         return f"recipe {linear.train_recipe.name!r}: {reason}"
-    if linear.weight.device.type == "meta":
+    if loaded and linear.weight.device.type == "meta":
         return "the weight is not loaded (device meta)"
     if type(linear.weight) is not nn.Parameter or linear.weight.shape != (linear.out_features, linear.in_features):
         return "the weight is sharded; gather the model first"
@@ -232,35 +230,45 @@ def pack_model(model: nn.Module, *, activations: bool = False, dtype: torch.dtyp
         ValueError: a model without converted layers, or with one that can't be packed; then nothing was changed.
     """
     linears = quantized_linears(model)
-    for name, linear in linears.items():
-        if reason := _why_not(linear):
-            raise ValueError(f"{name} can't be packed: {reason}. Nothing was changed")
-    sizes = defaultdict(list)  # (in, out) -> bytes of each layer's weight before and after
+    check_packable(model, activations)
     for name in tqdm(list(linears), desc="packing", unit="layer", leave=False, disable=None):  # None: on terminals
-        linear = linears.pop(name)
-        packed = PackedLinear.from_linear(linear, activations=activations, dtype=dtype)
-        sizes[linear.in_features, linear.out_features].append((linear.weight.nbytes, packed.weight_bytes))
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, packed)
-        del linear
+        model.set_submodule(name, PackedLinear.from_linear(linears.pop(name), activations=activations, dtype=dtype))
+    return for_inference(model)
+
+
+def check_packable(model: nn.Module, activations: bool, loaded: bool = True) -> None:
+    """ValueError if there is a converted layer that can't be packed. loaded: weights have to be there by now."""
+    for name, linear in quantized_linears(model).items():
+        if reason := _why_not(linear, activations, loaded):
+            raise ValueError(f"{name} can't be packed: {reason}")
+
+
+def for_inference(model: nn.Module) -> nn.Module:
+    """A model whose layers are packed by now: in eval mode, frozen, not to be saved; prints what was packed."""
     model.eval().requires_grad_(False)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = model.push_to_hub = _not_saved
     if os.environ.get("RANK", "0") == "0":
-        first = next(m for m in model.modules() if isinstance(m, PackedLinear))
-        print(f"hf_nvfp4: packed {sum(map(len, sizes.values()))} linears; {first.extra_repr()} …\n{table(sizes)}")
+        layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        print(f"hf_nvfp4: packed {len(layers)} linears; {layers[0].extra_repr()} …\n{table(layers)}", flush=True)
     return model
 
 
-def table(sizes: dict[tuple[int, int], list[tuple[int, int]]]) -> str:
-    """A line for each shape of layers and one for all. sizes: (in, out) -> bytes before and after of each layer."""
+def _not_saved(*args, **kwargs):
+    raise ValueError(
+        "a packed model is not saved: the weights that it was made from are gone. To have a packed checkpoint, give "
+        "hf_nvfp4.export the checkpoint that was trained"
+    )
+
+
+def table(layers: list[PackedLinear]) -> str:
+    """A line for each shape of layers and one for all."""
+    by_shape = defaultdict(list)
+    for layer in layers:
+        by_shape[f"{layer.in_features}→{layer.out_features}"].append(layer)
     lines = []
-
-    def line(name: str, weights: int, each: list[tuple[int, int]]) -> None:
-        before, after = (sum(bytes) for bytes in zip(*each, strict=True))
-        bits, mib = 8 * after / weights, [f"{bytes / 2**20:,.2f}" for bytes in (before, after)]
-        lines.append([name, str(len(each)), f"{bits:.2f}", *mib, f"{after / before:.3f}"])
-
-    for (k, n), each in sizes.items():
-        line(f"{k}→{n}", k * n * len(each), each)
-    total = sum(math.prod(shape) * len(each) for shape, each in sizes.items())
-    line("all", total, [pair for each in sizes.values() for pair in each])
-    return markdown_table(["in→out", "layers", "bits a weight", "MiB before", "MiB after", "ratio"], lines)
+    for name, group in {**by_shape, "all": layers}.items():
+        weights, size = sum(x.in_features * x.out_features for x in group), sum(x.weight_bytes for x in group)
+        mib = [f"{count / 2**20:,.2f}" for count in (2 * weights, size)]
+        lines.append([name, str(len(group)), f"{8 * size / weights:.2f}", *mib, f"{size / (2 * weights):.3f}"])
+    return markdown_table(["in→out", "layers", "bits a weight", "MiB in BF16", "MiB packed", "ratio"], lines)

@@ -165,23 +165,22 @@ def _candidates(ideal: Tensor, cast: Cast) -> list[Tensor]:
 
     4/6: E4M3(ideal), E4M3(ideal · 1.5). "best": codes of the first + `BEST_OFFSETS`, kept in 1 ... 126 (448).
     "fp8_exact": ideal and ideal · 1.5, each rounded; with stochastic rounding the one above ideal alone.
-    Rounding "eden": ideal rounded alone, at least the smallest scale above zero: what it makes too large, is corrected.
+    Rounding "eden": all are at least the smallest scale above zero: what it makes too large, is corrected. Of
+    "fp8_exact" ideal rounded alone.
     """
     element = cast.block_format.scale
     if cast.scale_rule == "fp8_exact":
         if cast.rounding != "nearest":
             return [_stored_fp8_exact(ideal, up=cast.rounding == "stochastic")]
         return [_stored_fp8_exact(ideal, up=False), _stored_fp8_exact(ideal * 1.5, up=False)]
-    scales = _stored(ideal, element)
-    if cast.rounding == "eden":
-        return [scales.clamp_(min=element.grid[1])]
-    if cast.scale_rule == "amax":
-        return [scales]
-    if cast.scale_rule != "best":
-        return [scales, _stored(ideal * 1.5, element)]
-    codes = encode(scales, element).int()
-    others = [(codes + offset).clamp_(1, len(element.grid) - 1).to(torch.uint8) for offset in BEST_OFFSETS[1:]]
-    return [scales, *(decode(code, element) for code in others)]
+    scales = [_stored(ideal, element)]
+    if cast.scale_rule == "best":
+        codes = encode(scales[0], element).int()
+        others = [(codes + offset).clamp_(1, len(element.grid) - 1).to(torch.uint8) for offset in BEST_OFFSETS[1:]]
+        scales += [decode(code, element) for code in others]
+    elif cast.scale_rule != "amax":
+        scales.append(_stored(ideal * 1.5, element))
+    return [s.clamp_(min=element.grid[1]) for s in scales] if cast.rounding == "eden" else scales
 
 
 def _least_error(blocks: Tensor, candidates: list[Tensor], encode_scale: Tensor, decode_scale: Tensor, cast: Cast):

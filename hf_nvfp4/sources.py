@@ -14,6 +14,7 @@ from hf_nvfp4.integration import QUANT_METHOD, NVFP4TrainingConfig
 from hf_nvfp4.language import Recipe, recipe_for
 from hf_nvfp4.layouts import BLOCK
 from hf_nvfp4.linear import NVFP4Layer
+from hf_nvfp4.packed import PackedLinear
 from hf_nvfp4.weights import why_not
 
 
@@ -70,6 +71,11 @@ def _skeleton(folder: Path) -> nn.Module:
 def _source_of_model(model: nn.Module) -> Source:
     if not hasattr(model, "config"):
         raise InputError(f"{type(model).__name__} has no config; give a Transformers model or its folder.")
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise InputError(
+            "this model is packed for inference: the weights that it was made from are gone. Export the checkpoint "
+            "that was trained, or the model loaded from it without inference."
+        )
     state = model.state_dict()
     if absent := [name for name, tensor in state.items() if tensor.is_meta or type(tensor.data) is not Tensor]:
         raise InputError(

@@ -55,7 +55,7 @@ CASTS = [
     Cast(scale_rule="fp8_exact", outer="row"),
     Cast(scale_rule="best", outer="row"),
     Cast(scale_rule="4over6", hadamard=16),
-    *(Cast(rounding="eden", scale_rule=rule) for rule in ("amax", "fp8_exact")),
+    *(Cast(rounding="eden", scale_rule=rule) for rule in ("amax", "4over6", "best", "fp8_exact")),
     Cast(rounding="eden", hadamard=16),
     Cast(rounding="eden", scale_rule="fp8_exact", hadamard=16, outer="bound"),
     Cast(rounding="eden", outer="row"),

@@ -82,14 +82,15 @@ def test_names_are_classes_or_model_types():
 def test_the_page_counts_and_says_why():
     rows = [
         Row("A", "pass", kinds={ATTENTION: [4, 4], EXPERTS: [0, 2]}, kept={architectures.NO_EXPERTS: 2}, loss=5.5),
-        Row("D", "pass", remarks=[f"{architectures.SENSITIVE}: loss 5"]),
+        Row("D", "pass", control="loss 5"),
         Row("B", "fail", "the process died | with exit code -6"),
         Row("C", "not built", "ImportError: timm"),
     ]
-    page = architecture_tables.page(
-        rows, {"A": ["a"], "B": ["b", "b_text"], "C": ["c"], "D": ["d"]}, "python x.py", {"torch": "2", "transformers": "5"}
-    )
-    assert "2 of 3 pass (1 with fused experts kept in high precision, 1 sensitive to rounding); 1 can't be built tiny" in page
+    types = {"A": ["a"], "B": ["b", "b_text"], "C": ["c"], "D": ["d"]}
+    page = architecture_tables.page(rows, types, "python x.py", {"torch": "2", "transformers": "5"})
+    notes = "1 with fused experts kept in high precision, 1 sensitive to rounding"
+    assert f"2 of 3 pass ({notes}); 1 can't be built tiny" in page
     cells = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
+    assert "sensitive to rounding: loss 5" in cells["D (d)"]
     assert "4/4" in cells["A (a)"] and "2 experts kept: no recipe for fused experts yet" in cells["A (a)"]
     assert "the process died \\| with exit code -6" in cells["B (b, b_text)"] and "timm" in cells["C (c)"]

@@ -170,3 +170,7 @@ def test_what_has_no_format_for_it_says_so(tmp_path):
     gpt2().save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="c_attn is of class Conv1D, whose weight is transposed"):
         hf_nvfp4.export(str(tmp_path / "plain"), tmp_path / "packed", recipe="nvfp4")
+    gpt2("nvfp4").save_pretrained(tmp_path / "trained")
+    config = NVFP4TrainingConfig(inference=True)
+    with pytest.raises(ValueError, match="c_attn can't be packed: NVFP4Conv1D holds its weight transposed"):
+        GPT2LMHeadModel.from_pretrained(tmp_path / "trained", quantization_config=config)

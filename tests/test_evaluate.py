@@ -255,6 +255,22 @@ def test_precisions_are_what_they_say(folders):
     assert torch.equal(logits(nvfp4, "as-trained")[0], as_trained)  # the switch was undone
 
 
+def test_a_packed_model_is_scored_as_trained(folders, task_folder):
+    model, tokenizer = load(folders, "nvfp4", torch.bfloat16)
+    tasks, settings = load_tasks(task_folder, "tiny_rolling"), evaluation.Settings()
+    expected = evaluation.score(model, tokenizer, tasks, settings)
+    config = hf_nvfp4.NVFP4TrainingConfig(inference="w4a4")
+    model = AutoModelForCausalLM.from_pretrained(
+        folders["nvfp4"], quantization_config=config, dtype=torch.bfloat16
+    )
+    with evaluation.precision(model, "as-trained"):
+        assert evaluation.score(model, tokenizer, tasks, settings) == expected
+        detail = evaluation.precision_detail(model)
+    assert detail.startswith("recipe nvfp4, packed, W4A4, activations nvfp4 1×16") and "in 14 linears" in detail
+    with pytest.raises(ValueError, match="packed model can be scored as-trained only, not in 'bf16'"):
+        evaluation.precision(model, "bf16")
+
+
 def test_a_plain_model_has_no_other_precision(folders):
     model, _ = load(folders, "plain", torch.bfloat16)
     with pytest.raises(ValueError, match="plain model.*as-trained or in bf16, not in 'nvfp4'"):

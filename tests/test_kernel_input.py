@@ -57,7 +57,6 @@ def bad_specs():
     yield "scale rule 'best' with scale 'float32'", {"scale_rule": "best", "scale": "float32"}
     yield "error of rounding to nearest", {"scale_rule": "4over6", "rounding": "stochastic"}
     yield "rounding 'up'; the kernels know nearest, stochastic, eden", {"rounding": "up"}
-    yield "error of rounding to nearest", {"scale_rule": "best", "rounding": "eden"}
     yield "for blocks of 16 of e2m1 under e4m3 scales", {"scale": "e8m0", "block": 32, "rounding": "eden"}
     yield "without headroom", {"headroom": 1.0625, "rounding": "eden"}
     yield "square blocks have others", {"square": True, "rounding": "eden"}

@@ -55,7 +55,7 @@ def test_recipes_survive_json(name):
         ({"scale_rule": "ceil"}, "'nvfp4' has no scale rule 'ceil', only amax, 4over6, .*for mxfp4, mxfp8"),
         ({"format": "mxfp4", "scale_rule": "best"}, "only amax, ceil, rms; 'best' is for nvfp4"),
         ({"scale_rule": "4over6", "rounding": "stochastic"}, "biases stochastic rounding"),
-        ({"scale_rule": "best", "rounding": "eden"}, "biases MS-EDEN. Use rounding='nearest'"),
+        ({"scale_rule": "best", "rounding": "stochastic"}, "Use rounding='nearest', rounding='eden' or"),
         ({"format": "mxfp4", "rounding": "eden"}, "'mxfp4' has none such. It is for nvfp4"),
         ({"format": "bf16", "rounding": "eden"}, "'bf16' has none such"),
         ({"square": True, "rounding": "eden"}, "square blocks can't be rotated"),

@@ -225,7 +225,7 @@ def _cast_tile(v, rows, groups, amax, seed_ptr, codes_ptr, scales_ptr, M, K,
         pairs = stochastic_pairs(v * inverse[:, :, None], rows, groups, seed_ptr, G)
         _store_codes(codes_ptr, e4m3_words_of_pairs(pairs, scale), rows, groups, M, K, OUT, EVEN)
     else:
-        if not P.tries:
+        if not P.tries or P.eden:  # which corrected the scale that was chosen
             value = element_values(v * inverse[:, :, None], rows, groups, seed_ptr, P.stochastic, SATURATE, G)
             if P.scale != "none":
                 value = value * scale[:, :, None]

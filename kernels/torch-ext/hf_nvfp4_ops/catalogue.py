@@ -38,6 +38,7 @@ _CASTS = {
     "nvfp4_4over6": (Spec(scale_rule="4over6"), VALUES, Spec(scale_rule="4over6", square=True), CODES),
     "nvfp4_best": (Spec(scale_rule="best"), VALUES, Spec(scale_rule="best"), CODES),
     "eden": (_EDEN, VALUES, None, NOTHING),
+    "eden_best": (_EDEN._replace(scale_rule="best"), VALUES, None, NOTHING),
     "eden_packed": (_EDEN, CODES, None, NOTHING),
     "eden_native": (_EDEN, CODES_SWIZZLED, None, NOTHING),
     "eden_exact": (_EDEN_EXACT, VALUES, None, NOTHING),

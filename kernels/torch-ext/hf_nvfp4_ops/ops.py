@@ -30,7 +30,7 @@ from .rotate import (
     rotate_transposed_kernel,
 )
 from .spec import CODES_ACROSS, CODES_SWIZZLED, FP8, NAMESPACE, NOTHING, VALUES, Plan, Spec, plan
-from .w4a16 import LARGEST_CHUNK, Tiles, fit, has_fp8, largest_m, tiles_for, w4a16_kernel
+from .w4a16 import LARGEST_CHUNK, LARGEST_M, Tiles, fit, has_fp8, tiles_for, w4a16_kernel
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AMAX, _CAST, _DEQUANTIZE, _FACTORS = map(Launcher, (amax_kernel, cast_kernel, dequantize_kernel, factors_kernel))
@@ -371,7 +371,7 @@ def w4a16(
         bias: [N] or None.
         tiles: those of the kernel, see `Tiles`; for benchmarks. None: `tiles_for`'s.
 
-    Up to `largest_m` rows, and with `tiles` any number, the weight is decoded in registers, and nothing is allocated
+    Up to `LARGEST_M` rows, and with `tiles` any number, the weight is decoded in registers, and nothing is allocated
     but the result (and x in BF16). More are multiplied by cuBLAS with the weight dequantized before, `LARGEST_CHUNK`
     elements of it at a time.
 
@@ -387,7 +387,7 @@ def w4a16(
     if bias is not None:
         _check_like("bias", bias, x, bias.dtype, (n,))
     values = x.bfloat16()
-    if tiles is None and m > largest_m(x.device) and not blas.unfit(values, values, torch.bfloat16):
+    if tiles is None and m > LARGEST_M and not blas.unfit(values, values, torch.bfloat16):
         return _dequantized_matmul(values, codes, scales, outer, bias, x.dtype)
     out = _linear_like(x, codes, scales, outer, bias)
     if not k:

@@ -85,7 +85,7 @@ class Spec(NamedTuple):
             raise ValueError(f"scale rule {self.scale_rule!r} with scale {self.scale!r}; it has {', '.join(rules)}")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding {self.rounding!r}; the kernels know {', '.join(ROUNDINGS)}")
-        if self.scale_rule in _OTHER_SCALES and self.scale_rule != "fp8_exact" and self.rounding != "nearest":
+        if self.scale_rule in _OTHER_SCALES and self.scale_rule != "fp8_exact" and self.rounding == "stochastic":
             raise ValueError(f"scale rule {self.scale_rule!r} measures the error of rounding to nearest")
         if not isinstance(self.headroom, (int, float)) or not self.headroom >= 1:
             raise ValueError(f"headroom={self.headroom!r}; give a number of at least 1")
@@ -188,6 +188,7 @@ _OTHER_SCALES = {"4over6": (1.5,), "4over6_mse": (1.5,), "best": (-1, 1, 4, 5, 6
 _SCALE_MAX = {"4over6": 256.0, "4over6_mse": 256.0, "best": 256.0, "fp8_exact": 64.0}
 # Under rounding "eden": what a block's largest magnitude becomes, and the largest scale before it is corrected.
 _EDEN = {"amax": (6 * 16 / (17 * 0.93), 256.0), "fp8_exact": (6.0, 48.0)}
+_EDEN |= {rule: (6.0, 192.0) for rule in ("4over6", "4over6_mse", "best")}
 RULES = {"e4m3": ("amax", *_OTHER_SCALES), "e8m0": ("amax", "ceil")}
 
 
@@ -202,7 +203,7 @@ def plan(text: str | None) -> Plan:
     if spec.rounding == "eden":
         most, top = _EDEN[spec.scale_rule]
     ceil = spec.scale_rule == "ceil"
-    chooses = spec.rounding == "nearest"
+    chooses = spec.rounding == "nearest" or spec.rounding == "eden" and spec.scale_rule != "fp8_exact"
     return Plan(
         True,
         grid=element,

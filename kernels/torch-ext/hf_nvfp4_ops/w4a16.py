@@ -10,7 +10,6 @@ Knows packed codes, E4M3 block scales and the FP32 scale above them; knows nothi
 """
 
 import functools
-import os
 from typing import NamedTuple
 
 import torch
@@ -290,15 +289,8 @@ class Tiles(NamedTuple):
         return -(-n // (16 * self.tiles)) * -(-m // (8 * self.tokens))
 
 
-# More rows of x go to cuBLAS, and then so many elements of the weight at a time are BF16. The first is to be tuned.
-LARGEST_M, LARGEST_CHUNK = 64, 2**27
-# No GPU has run this kernel yet: there all rows go to cuBLAS, unless this says otherwise (or `tiles` are given).
-TRIED = os.environ.get("HF_NVFP4_W4A16") == "1"
-
-
-def largest_m(device: torch.device) -> int:
-    """The most rows of x that the kernel multiplies by itself."""
-    return LARGEST_M if TRIED or device.type != "cuda" else 0
+# More rows of x go to cuBLAS, and then so many elements of the weight at a time are BF16. Timed up to 16.
+LARGEST_M, LARGEST_CHUNK = 16, 2**27
 
 
 def tiles_for(m: int, n: int, k: int) -> Tiles:
