@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_nvfp4.linear import NVFP4Linear
+from hf_nvfp4.linear import NVFP4Layer
 
 # Tokens are padded with zeros to a multiple of this, so that any rotation along them fits.
 _TOKEN_MULTIPLE = 128
@@ -57,7 +57,7 @@ class _Watched(torch.autograd.Function):
 
 
 @contextmanager
-def watch(linears: dict[str, NVFP4Linear], seen: Callable[[str, Tensor, Tensor], None]):
+def watch(linears: dict[str, NVFP4Layer], seen: Callable[[str, Tensor, Tensor], None]):
     """Inside the block, seen(name, x, dy) is called in each layer's backward: x [T, K] and dy [T, N], in no dtype's
     autocast and without gradients.
 
@@ -67,7 +67,7 @@ def watch(linears: dict[str, NVFP4Linear], seen: Callable[[str, Tensor, Tensor],
     """
     anchor = torch.zeros((), requires_grad=True)
 
-    def hook(name: str, module: NVFP4Linear, inputs: tuple, y: Tensor) -> Tensor:
+    def hook(name: str, module: NVFP4Layer, inputs: tuple, y: Tensor) -> Tensor:
         if not y.requires_grad:
             return y
         x = inputs[0].detach().requires_grad_(inputs[0].requires_grad)

@@ -1,20 +1,27 @@
 """Which layers of a model are converted and why, and the conversion itself. A layer's numerics are linear.py's."""
 
 import os
+import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_nvfp4.backends import BACKENDS
+from hf_nvfp4.conv1d import NVFP4Conv1D
 from hf_nvfp4.gemm import backend_name, check_backend
 from hf_nvfp4.language import Recipe, RecipeMap, check_block_count, matches, recipe_for
-from hf_nvfp4.linear import NVFP4Linear, quantized_linears, unsuitable
+from hf_nvfp4.linear import NVFP4Layer, NVFP4Linear, quantized_linears, unsuitable
+from hf_nvfp4.weight_reads import BOTH, READ, uses
 
 # Subclasses of nn.Linear whose own forward computes the same thing.
 _LINEAR_FORWARDS = ("FalconLinear",)
 # Heads that get_output_embeddings does not name: of classifiers, and of models that are not Transformers'.
 _HEAD_NAMES = ("lm_head", "score", "classifier")
+# Of the names of a config's parts: what is not text.
+_OTHER_MODES = r"vision|image|video|audio|speech"
 
 
 @dataclass(frozen=True)
@@ -66,17 +73,21 @@ def decide(model: nn.Module, choice: Choice) -> list[Decision]:
                 f"like {examples}. Patterns match whole components, with * and ? as wildcards."
             )
     heads = _output_heads(model)
+    not_text = _not_text(model)
     blocks = _block_positions(model, candidates)
     decisions = []
     for name, module in candidates.items():
         reason = (
             ("output head" if module in heads else None)
-            or _unconvertible(name, module)
+            or ("not in the text model" if not_text(name) else None)
+            or ("router of experts" if _is_router(name, model) else None)
+            or _unconvertible(name, module, model)
             or _kept_by_user(name, choice)
             or _kept_block(blocks.get(name), choice)
             or (None if recipe_for(choice.recipe, name) else "no pattern of the recipe map matches")
         )
-        decisions.append(Decision(name, reason is None, reason or _recipe_of(name, module, choice.recipe)))
+        why = reason or _recipe_of(name, module, choice.recipe) + _may_be_passed_by(name, model)
+        decisions.append(Decision(name, reason is None, why))
     if not any(d.converted for d in decisions):
         raise ValueError(f"nothing to convert: {summary(decisions)}")
     return decisions
@@ -84,7 +95,12 @@ def decide(model: nn.Module, choice: Choice) -> list[Decision]:
 
 def _is_linear_like(module: nn.Module) -> bool:
     fused = type(module).__name__.endswith("Experts") and any(p.dim() == 3 for p in module.parameters(recurse=False))
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or fused
+    return isinstance(module, (nn.Linear, Conv1D)) or fused
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """in_features, out_features."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def _output_heads(model: nn.Module) -> set[nn.Module]:
@@ -98,24 +114,68 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
     return heads | tied | named
 
 
-def _unconvertible(name: str, module: nn.Module) -> str | None:
+def _not_text(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a layer, by its name, is outside the text model of a multimodal model; in others none is.
+
+    By Transformers' configs: the model of a config has it as its `config`.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return lambda name: False
+    text = type(config.get_text_config(decoder=True))
+    others = tuple(type(getattr(config, key, None)) for key in config.sub_configs if re.search(_OTHER_MODES, key))
+    configs = {f"{name}.": getattr(module, "config", None) for name, module in model.named_modules() if name}
+    inside = tuple(name for name, c in configs.items() if text is not type(config) and isinstance(c, text))
+    outside = tuple(name for name, c in configs.items() if isinstance(c, others) and c is not None)
+    return lambda name: name.startswith(outside) or bool(inside) and not name.startswith(inside)
+
+
+def _is_router(name: str, model: nn.Module) -> bool:
+    """Whether a linear layer chooses experts: it is, or is part of, a router, or is the gate beside the experts."""
+    parts = name.split(".")
+    names = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+    if any(re.fullmatch(r"router|.*Router", s) for n in names for s in (n.rpartition(".")[2], _class(model, n))):
+        return True
+    return parts[-1] == "gate" and hasattr(model.get_submodule(".".join(parts[:-1])), "experts")
+
+
+def _class(model: nn.Module, name: str) -> str:
+    return type(model.get_submodule(name)).__name__
+
+
+def _use(name: str, model: nn.Module) -> str | None:
+    """How the module around a layer uses it, by `weight_reads.uses`."""
+    outer, _, attribute = name.rpartition(".")
+    return uses(type(model.get_submodule(outer))).get(attribute)
+
+
+def _may_be_passed_by(name: str, model: nn.Module) -> str:
+    if _use(name, model) != BOTH:
+        return ""
+    return f", except where {_class(model, name.rpartition('.')[0])} multiplies by its weight directly (fused kernels)"
+
+
+def _unconvertible(name: str, module: nn.Module, model: nn.Module) -> str | None:
     kind = type(module)
     if any(part.startswith("lora_") for part in name.split(".")):
         return "LoRA adapter"
-    if not isinstance(module, nn.Linear):
-        return "fused experts are not converted yet" if kind.__name__ != "Conv1D" else "Conv1D is not converted yet"
-    if kind is not nn.Linear and kind.__name__ not in _LINEAR_FORWARDS:
-        return f"{kind.__name__} is a subclass of nn.Linear that may compute something else"
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return "no recipe for fused experts yet"
+    if kind not in (nn.Linear, Conv1D) and kind.__name__ not in _LINEAR_FORWARDS:
+        return f"{kind.__name__} is a subclass of {kind.__base__.__name__} that may compute something else"
+    if _use(name, model) == READ:
+        return f"{_class(model, name.rpartition('.')[0])} multiplies by its weight without calling it"
     if "forward" in vars(module):
         return "its forward is replaced on the instance (a hook of Accelerate's?); convert before dispatching"
-    return unsuitable(module)
+    return unsuitable(*_sizes(module))
 
 
-def _recipe_of(name: str, linear: nn.Linear, recipe: Recipe | RecipeMap) -> str:
+def _recipe_of(name: str, linear: nn.Module, recipe: Recipe | RecipeMap) -> str:
     """What a converted layer computes with, and what its shape changed."""
     recipe = recipe_for(recipe, name)
-    fitted, changes = recipe.fitted(linear.in_features, linear.out_features), []
-    for name, features in (("fprop", linear.in_features), ("dgrad", linear.out_features)):
+    sizes = _sizes(linear)
+    fitted, changes = recipe.fitted(*sizes), []
+    for name, features in zip(("fprop", "dgrad"), sizes, strict=True):
         before, after = (getattr(r, name).a.hadamard for r in (recipe, fitted))
         if before != after:
             changes.append(f", {name} rotated by {after}, not {before}, which does not divide {features}")
@@ -179,7 +239,7 @@ def convert(model: nn.Module, choice: Choice, high_precision: str | None = None)
     Raises:
         ValueError: as `decide`; or the model is converted already; or no backend runs the recipe there.
     """
-    if any(isinstance(module, NVFP4Linear) for module in model.modules()):
+    if any(isinstance(module, NVFP4Layer) for module in model.modules()):
         recipe = next(iter(quantized_linears(model).values())).recipe.name
         raise ValueError(
             f"this model is converted already (recipe {recipe!r}); use hf_nvfp4.use_recipe for another recipe, or "
@@ -197,11 +257,20 @@ def convert(model: nn.Module, choice: Choice, high_precision: str | None = None)
             backend = backend_name(choice.backend, active, device)
             line += f", backend {backend}: {BACKENDS[backend].exactness(active)}"
     for name, recipe in recipes.items():
-        NVFP4Linear.convert(modules[name], recipe, choice.backend, high_precision)
+        layer = NVFP4Conv1D if isinstance(modules[name], Conv1D) else NVFP4Linear
+        layer.convert(modules[name], recipe, choice.backend, high_precision)
     model.nvfp4_decisions = decisions
+    _tell_transformers(model)
     if os.environ.get("RANK", "0") == "0":
         print(f"hf_nvfp4: {line}", flush=True)
     return decisions
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """Set what `from_pretrained` sets: some models then call their layers rather than multiply by their weights."""
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "get_text_config"):
+            module.config._is_quantized = True
 
 
 def set_high_precision(model: nn.Module, gemms: str | None) -> None:

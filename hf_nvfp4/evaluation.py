@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hf_nvfp4.gemm import backend_name
 from hf_nvfp4.integration import QUANT_METHOD, NVFP4TrainingConfig
 from hf_nvfp4.language import Recipe, RecipeMap
-from hf_nvfp4.linear import NVFP4Linear, use_recipe
+from hf_nvfp4.linear import NVFP4Layer, use_recipe
 from hf_nvfp4.packed import PackedLinear
 from hf_nvfp4.scores import AS_TRAINED, combine, estimate, standard_error
 
@@ -149,8 +149,8 @@ def precision_detail(model) -> str:
     return f"{recipes} in {len(linears)} linears{scales}; all else {_plain(model.dtype)}"
 
 
-def _converted(model) -> list[NVFP4Linear]:
-    return [module for module in model.modules() if isinstance(module, NVFP4Linear)]
+def _converted(model) -> list[NVFP4Layer]:
+    return [module for module in model.modules() if isinstance(module, NVFP4Layer)]
 
 
 def _packed(model) -> list[PackedLinear]:

@@ -137,17 +137,12 @@ class LinearFunction(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
-class NVFP4Linear(nn.Linear):
-    """An `nn.Linear` that multiplies as a recipe says. Same parameters, same names, same state dict.
+class NVFP4Layer:
+    """A linear layer that multiplies as a recipe says; mixed into modules that have the attributes of `nn.Linear`.
 
     Operands are rounded to the compute dtype first, as `F.linear` does: autocast's, where it is on, else the
     input's. In eval mode activations have a scale for each token, so that an output does not depend on the
     other tokens of the batch. Layers that are given the same tensor one after the other cast it once.
-
-    Args:
-        in_features, out_features, bias, device, dtype: as in `nn.Linear`; both sizes multiples of 16.
-        recipe: a name in `RECIPES` or a `Recipe`.
-        backend: a name in `backends.BACKENDS`, or "auto".
     """
 
     # Native tensor parallelism in Transformers: hand us plain local tensors, not DTensors.
@@ -155,11 +150,10 @@ class NVFP4Linear(nn.Linear):
     # Set by `cast_weights_once`.
     weight_casts: WeightCasts | None = None
 
-    def __init__(
-        self, in_features, out_features, bias=True, device=None, dtype=None, *, recipe="nvfp4", backend="auto"
-    ):
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.set_recipe(recipe, backend)
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as [out_features, in_features], itself or a view."""
+        return self.weight
 
     def set_recipe(self, recipe: str | Recipe, backend: str | None = None, high_precision: str | None = None) -> None:
         """Use another recipe (and backend) from now on; the parameters stay.
@@ -167,7 +161,7 @@ class NVFP4Linear(nn.Linear):
         high_precision: the GEMMs that run in BF16 all the same: "all", "forward", or None.
         """
         recipe = get_recipe(recipe)
-        if reason := unsuitable(self):
+        if reason := unsuitable(self.in_features, self.out_features):
             raise ValueError(f"{self.in_features}→{self.out_features}: {reason}; use nn.Linear for this layer")
         if backend is not None:
             check_backend(backend)
@@ -180,9 +174,9 @@ class NVFP4Linear(nn.Linear):
 
     @classmethod
     def convert(
-        cls, linear: nn.Linear, recipe: str | Recipe, backend: str = "auto", high_precision: str | None = None
-    ) -> "NVFP4Linear":
-        """Turn `linear` into an NVFP4Linear in place: same object, same Parameters, same hooks."""
+        cls, linear: nn.Module, recipe: str | Recipe, backend: str = "auto", high_precision: str | None = None
+    ) -> "NVFP4Layer":
+        """Turn `linear` into one of this class in place: same object, same Parameters, same hooks."""
         linear.__class__ = cls
         linear.set_recipe(recipe, backend, high_precision)
         return linear
@@ -191,10 +185,10 @@ class NVFP4Linear(nn.Linear):
         """x: [..., in_features] of any rank and number of tokens -> [..., out_features]."""
         device = x.device.type
         if not x.is_floating_point():
-            raise TypeError(f"NVFP4Linear takes floating-point inputs, not {x.dtype}")
+            raise TypeError(f"{type(self).__name__} takes floating-point inputs, not {x.dtype}")
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if x.numel() == 0:
-            return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+            return F.linear(x.to(dtype), self.matrix.to(dtype), None if self.bias is None else self.bias.to(dtype))
         recipe = BY_KEY[self.train_key if self.training else self.eval_key]
         wgrad = self.weight.requires_grad and torch.is_grad_enabled()
         backend = backend_for(self.backend, recipe, x.device)
@@ -205,7 +199,7 @@ class NVFP4Linear(nn.Linear):
         if recipe.conditions:
             y = self._conditioned(tokens.to(dtype), plan)
         else:
-            y = LinearFunction.apply(tokens, self.weight, self.bias, plan, casts_of_input(x, self) if eager else None)
+            y = LinearFunction.apply(tokens, self.matrix, self.bias, plan, casts_of_input(x, self) if eager else None)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _conditioned(self, tokens: Tensor, plan: Plan) -> Tensor:
@@ -215,28 +209,43 @@ class NVFP4Linear(nn.Linear):
         def product(x: Tensor, weight: Tensor) -> Tensor:
             return LinearFunction.apply(x, weight, None, plan, None)
 
-        y = conditioned(product, tokens, self.weight, plan.recipe)
+        y = conditioned(product, tokens, self.matrix, plan.recipe)
         return y if self.bias is None else y + self.bias.to(plan.dtype)
 
     def extra_repr(self) -> str:
         backend = self.backend
         if backend == "auto" and self.weight.device.type != "meta":
             backend = f"auto→{backend_name(backend, self.train_recipe, self.weight.device)}"
-        return f"{super().extra_repr()}, recipe={self.train_recipe.name!r}, backend={backend!r}"
+        return f"{nn.Linear.extra_repr(self)}, recipe={self.train_recipe.name!r}, backend={backend!r}"
 
 
-def unsuitable(linear: nn.Linear) -> str | None:
+class NVFP4Linear(NVFP4Layer, nn.Linear):
+    """An `nn.Linear` that multiplies as a recipe says. Same parameters, same names, same state dict.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`; both sizes multiples of 16.
+        recipe: a name in `RECIPES` or a `Recipe`.
+        backend: a name in `backends.BACKENDS`, or "auto".
+    """
+
+    def __init__(
+        self, in_features, out_features, bias=True, device=None, dtype=None, *, recipe="nvfp4", backend="auto"
+    ):
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.set_recipe(recipe, backend)
+
+
+def unsuitable(in_features: int, out_features: int) -> str | None:
     """Why a linear layer's shape keeps it in high precision, or None."""
-    sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
-    for name, size in sizes.items():
+    for name, size in {"in_features": in_features, "out_features": out_features}.items():
         if size % 16 or size == 0:
             return f"{name}={size} is not a multiple of 16"
     return None
 
 
-def quantized_linears(model: nn.Module) -> dict[str, NVFP4Linear]:
+def quantized_linears(model: nn.Module) -> dict[str, NVFP4Layer]:
     """The converted layers of a model by name; ValueError if there is none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, NVFP4Linear)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, NVFP4Layer)}
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no converted linear layers; load it with "
@@ -296,13 +305,14 @@ def cast_weights_once(model: nn.Module):
 
 def why_not_once(model: nn.Module) -> str | None:
     """Why no operands of a converted model's weights can be kept, or None."""
-    if any(map(_can_keep, quantized_linears(model).values())):
+    if any(map(is_whole, quantized_linears(model).values())):
         return None
     return "the weights are sharded (FSDP, ZeRO-3, tensor parallelism); only operands of whole ones can be kept"
 
 
-def _can_keep(linear: NVFP4Linear) -> bool:
-    return can_keep(linear.weight, (linear.out_features, linear.in_features))
+def is_whole(linear: NVFP4Layer) -> bool:
+    """Whether the weight lies whole and still between two optimizer steps (`sharing.can_keep`)."""
+    return linear.matrix.shape == (linear.out_features, linear.in_features) and can_keep(linear.weight)
 
 
 def _keep_weight_casts(model: nn.Module, keep: bool) -> None:
@@ -310,4 +320,4 @@ def _keep_weight_casts(model: nn.Module, keep: bool) -> None:
     for linear in quantized_linears(model).values():
         if linear.weight_casts is not None:
             linear.weight_casts.drop()
-        linear.weight_casts = WeightCasts(linear.weight) if keep and _can_keep(linear) else None
+        linear.weight_casts = WeightCasts(linear.matrix) if keep and is_whole(linear) else None

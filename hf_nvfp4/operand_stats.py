@@ -15,7 +15,7 @@ from hf_nvfp4.captured import OPERANDS, Captured
 from hf_nvfp4.casts import Cast
 from hf_nvfp4.conditioning import inside
 from hf_nvfp4.gemm import backend_for, multiply
-from hf_nvfp4.linear import NVFP4Linear, Plan
+from hf_nvfp4.linear import NVFP4Layer, Plan
 from hf_nvfp4.quantizer_study import flipped
 from hf_nvfp4.reference import prepare, quantize_rows
 
@@ -74,7 +74,7 @@ def noise_ratio(x: Tensor, dy: Tensor, plan: Plan) -> Tensor:
     return signal / noise
 
 
-def layer_stats(linear: NVFP4Linear, x: Tensor, dy: Tensor) -> dict:
+def layer_stats(linear: NVFP4Layer, x: Tensor, dy: Tensor) -> dict:
     """Plain data about one training step of a layer, x [T, K] in any float dtype, dy [T, N] in the compute dtype.
 
     Returns {"recipe", "tokens", "operands": {name: {of `CAST_STATS`}}, "zero_dy", "noise_ratio"}. Operands are those of
@@ -87,7 +87,7 @@ def layer_stats(linear: NVFP4Linear, x: Tensor, dy: Tensor) -> dict:
     recipe, dtype = linear.train_recipe, dy.dtype
     plan = Plan(recipe, backend_for(linear.backend, recipe, x.device), dtype, linear.weight.requires_grad, None)
     dgrad, wgrad = x.requires_grad, plan.wgrad
-    x, w = x.detach().to(dtype), _whole(linear.weight).to(dtype)
+    x, w = x.detach().to(dtype), _whole(linear.matrix).to(dtype)
     if recipe.conditions:
         x, w, dy = inside(x, w, dy, recipe)
     operands = Captured(x, w, dy).operands()

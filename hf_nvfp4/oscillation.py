@@ -9,9 +9,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_nvfp4.language import Recipe
-from hf_nvfp4.linear import NVFP4Linear, quantized_linears
+from hf_nvfp4.linear import NVFP4Layer, is_whole, quantized_linears
 from hf_nvfp4.reference import quantize_blocks
-from hf_nvfp4.sharing import can_keep
 
 logger = logging.get_logger(__name__)
 
@@ -151,7 +150,7 @@ class Travel:
     autocast: the dtype that the forward rounds weights to before it casts them; None: their own.
     """
 
-    def __init__(self, linear: NVFP4Linear, autocast: torch.dtype | None = None):
+    def __init__(self, linear: NVFP4Layer, autocast: torch.dtype | None = None):
         self.linear, self.autocast = linear, autocast
         self._weight, self._quantized = self._look()
         self.of_weight, self.of_quantized = torch.zeros_like(self._weight), torch.zeros_like(self._weight)
@@ -166,13 +165,13 @@ class Travel:
     def reset(self, ratio: float) -> Tensor:
         """w ← Q(w), as last looked at, where Q(w) has gone at least `ratio` times as far as w; how many, in all."""
         oscillating = (self.of_weight > 0) & (self.of_quantized >= ratio * self.of_weight)
-        weight = self.linear.weight
+        weight = self.linear.matrix
         weight.copy_(torch.where(oscillating, self._quantized, weight))  # a write that torch counts
         return _whole(oscillating.sum())
 
     def _look(self) -> tuple[Tensor, Tensor]:
         """w and Q(w), FP32 [N, K], in memory of their own."""
-        weight = self.linear.weight.detach()
+        weight = self.linear.matrix.detach()
         whole = _whole(weight)
         # The reference's: the codes of every backend, and not all of them give values back.
         blocks = quantize_blocks(whole.to(self.autocast or whole.dtype).contiguous(), self.linear.train_recipe.fprop.b)
@@ -185,7 +184,7 @@ def _quantizes(recipe: Recipe) -> bool:
     return not recipe.fprop.b.block_format.high_precision
 
 
-def _why_no_centre(linear: NVFP4Linear) -> str | None:
+def _why_no_centre(linear: NVFP4Layer) -> str | None:
     """Why w has no value that its cast in the forward would leave where it is, or None."""
     recipe = linear.recipe
     if not _quantizes(recipe):
@@ -202,11 +201,11 @@ def _why_no_centre(linear: NVFP4Linear) -> str | None:
 # ---------------------------------------------------------------------------- sharded weights
 
 
-def _is_readable(linear: NVFP4Linear) -> bool:
+def _is_readable(linear: NVFP4Layer) -> bool:
     """Whether the weight lies whole here, or as a DTensor that can be gathered and cut again."""
     weight = linear.weight
     if not hasattr(weight, "full_tensor"):
-        return can_keep(weight, (linear.out_features, linear.in_features))
+        return is_whole(linear)
     from torch.distributed.tensor import Replicate, Shard
 
     return all(type(placement) in (Replicate, Shard) for placement in weight.placements)

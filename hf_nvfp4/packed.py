@@ -14,7 +14,7 @@ from tqdm import tqdm
 from hf_nvfp4.backends import bf16, fp4, fp4_triton
 from hf_nvfp4.gemm import backend_for, cast, multiply
 from hf_nvfp4.language import BY_KEY, Recipe
-from hf_nvfp4.linear import NVFP4Linear, quantized_linears
+from hf_nvfp4.linear import NVFP4Layer, NVFP4Linear, quantized_linears
 from hf_nvfp4.recipes import get_recipe
 from hf_nvfp4.reference import QuantizedTensor
 from hf_nvfp4.scores import markdown_table
@@ -202,8 +202,10 @@ def _operand(q: QuantizedTensor, backend):
 # ---------------------------------------------------------------------------- packing
 
 
-def _why_not(linear: NVFP4Linear, activations: bool = False, loaded: bool = True) -> str | None:
+def _why_not(linear: NVFP4Layer, activations: bool = False, loaded: bool = True) -> str | None:
     """Why a layer can't be packed, or None. loaded: its weight has to be there by now."""
+    if not isinstance(linear, NVFP4Linear):
+        return f"{type(linear).__name__} holds its weight transposed; only NVFP4Linear can be packed"
     if reason := why_not(linear.train_recipe, activations):
         return f"recipe {linear.train_recipe.name!r}: {reason}"
     if loaded and linear.weight.device.type == "meta":

@@ -124,7 +124,7 @@ def _state(tensor: Tensor) -> tuple:
 class WeightCasts(Casts):
     """Of a weight, until `drop`; once torch has counted a change of the weight, each is made anew."""
 
-    def __init__(self, weight: nn.Parameter):
+    def __init__(self, weight: Tensor):
         super().__init__()
         # Held, its memory can't become another tensor's: the same address is the same weight.
         self.weight = weight.detach()
@@ -140,10 +140,9 @@ class WeightCasts(Casts):
         self.operands.clear()
 
 
-def can_keep(weight: Tensor, shape: tuple[int, int]) -> bool:
-    """Whether a weight lies whole and still between two optimizer steps.
+def can_keep(weight: Tensor) -> bool:
+    """Whether a weight of the right shape lies whole and still between two optimizer steps.
 
     Sharded ones don't: those of FSDP are DTensors, flat, or views of something; those of ZeRO-3 are empty.
     """
-    whole = type(weight) is nn.Parameter and weight.shape == shape and not weight.is_inference()
-    return whole and _is_ordinary(weight)
+    return type(weight) is nn.Parameter and not weight.is_inference() and _is_ordinary(weight)

@@ -13,7 +13,7 @@ from hf_nvfp4.data import InputError
 from hf_nvfp4.integration import QUANT_METHOD, NVFP4TrainingConfig
 from hf_nvfp4.language import Recipe, recipe_for
 from hf_nvfp4.layouts import BLOCK
-from hf_nvfp4.linear import NVFP4Linear
+from hf_nvfp4.linear import NVFP4Layer
 from hf_nvfp4.packed import PackedLinear
 from hf_nvfp4.weights import why_not
 
@@ -99,17 +99,17 @@ def _as_saved(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def packed_layers(source: Source, recipe, activations: bool) -> tuple[dict[str, Recipe], list[str], str]:
     """Recipes of the layers to pack, by name; names of the linear layers that stay; the recipes' name."""
     linears = dict(source.model.named_modules())
-    converted = {n: module for n, module in linears.items() if isinstance(module, NVFP4Linear)}
+    converted = {n: module for n, module in linears.items() if isinstance(module, NVFP4Layer)}
     if converted and recipe is None:
-        layers = {name: module.train_recipe for name, module in converted.items()}
+        layers = {name: _packable(name, module).train_recipe for name, module in converted.items()}
     else:
         config = recipe if isinstance(recipe, NVFP4TrainingConfig) else _config(source, recipe)
         chosen = converted or [d.name for d in decide(source.model, config.choice()) if d.converted]
         found = {name: recipe_for(config.recipe, name) for name in chosen}
+        to_pack = {name: _packable(name, linears[name]) for name, one in found.items() if one is not None}
         layers = {
-            name: one.fitted(linears[name].in_features, linears[name].out_features).active(config.high_precision)
-            for name, one in found.items()
-            if one is not None
+            name: found[name].fitted(linear.in_features, linear.out_features).active(config.high_precision)
+            for name, linear in to_pack.items()
         }
     for name, found in layers.items():
         if reason := why_not(found, activations):
@@ -120,6 +120,16 @@ def packed_layers(source: Source, recipe, activations: bool) -> tuple[dict[str, 
     names = dict.fromkeys(found.name for found in layers.values())
     others = [name for name, module in linears.items() if name not in layers and _is_kept(module)]
     return layers, others, " and ".join(names)
+
+
+def _packable(name: str, module: nn.Module) -> nn.Linear:
+    """The layer; InputError for one whose weight lies otherwise than that of nn.Linear."""
+    if not isinstance(module, nn.Linear):
+        raise InputError(
+            f"{name} is of class {type(module).__name__}, whose weight is transposed: packed formats can't say so. "
+            "Export with format='plain' for a BF16 checkpoint."
+        )
+    return module
 
 
 def _is_kept(module: nn.Module) -> bool:

@@ -148,7 +148,7 @@ def test_the_summary_says_which_precision_is_active(build, capsys):
     assert "recipe nvfp4, all in bf16, backend" in capsys.readouterr().out
 
 
-def test_fused_experts_and_conv1d_are_listed_not_passed_over():
+def test_fused_experts_are_listed_not_passed_over():
     class TinyExperts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -157,6 +157,63 @@ def test_fused_experts_and_conv1d_are_listed_not_passed_over():
     model = nn.ModuleDict({"experts": TinyExperts(), "proj": nn.Linear(16, 16)})
     decisions = quantize_model(model, NVFP4TrainingConfig())
     assert [(d.name, d.converted) for d in decisions] == [("experts", False), ("proj", True)]
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(16, 16), nn.Linear(16, 16)
+
+
+class Reader(nn.Module):
+    """A mixer that calls one layer, multiplies by another's weight, does either with a third, and passes one on."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read, self.both, self.passed_on = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x, fused=False):
+        x = self.called(x).to(self.called.weight.dtype) @ self.read.weight.T + self.read.bias
+        if isinstance(self.passed_on.weight, nn.Parameter):
+            self.passed_on.weight = self.passed_on.weight.data
+        x = torch.utils.checkpoint.checkpoint(self.passed_on, x)
+        return x @ self.both.weight.T if fused else self.both(x)
+
+
+def test_routers_of_experts_are_kept():
+    moe = nn.ModuleDict({"gate": nn.Linear(16, 16), "experts": nn.ModuleList([nn.Linear(16, 16)])})
+    model = nn.ModuleDict({"moe": moe, "choose": Router(), "mlp": nn.ModuleDict({"gate": nn.Linear(16, 16)})})
+    decisions = quantize_model(model, NVFP4TrainingConfig())
+    assert [d.name for d in decisions if d.converted] == ["moe.experts.0", "mlp.gate"]
+    assert {d.reason for d in decisions if not d.converted} == {"router of experts"}
+
+
+def test_a_layer_whose_weight_is_read_rather_than_called_is_not_reported_as_converted():
+    reasons = {d.name: d.reason for d in quantize_model(Reader(), NVFP4TrainingConfig())}
+    assert reasons == {
+        "called": "recipe nvfp4",
+        "read": "Reader multiplies by its weight without calling it",
+        "both": "recipe nvfp4, except where Reader multiplies by its weight directly (fused kernels)",
+        "passed_on": "recipe nvfp4",
+    }
+
+
+def test_of_a_multimodal_model_the_text_model_is_converted():
+    import transformers
+
+    from hf_nvfp4.tiny_configs import tiny_config
+
+    model = transformers.Gemma3ForConditionalGeneration(tiny_config(transformers.Gemma3Config))
+    decisions = quantize_model(model, NVFP4TrainingConfig(keep_bf16_last=0))
+    for decision in decisions:
+        assert decision.converted == ("language_model" in decision.name)
+        assert decision.converted or decision.reason in ("not in the text model", "output head")
+    assert {d.reason for d in decisions if "vision_tower" in d.name} == {"not in the text model"}
+
+
+def test_from_config_and_from_pretrained_tell_the_model_alike(build):
+    """Some models call their layers only where the config says that they are quantized."""
+    assert build("nvfp4").config._is_quantized and "_is_quantized" not in build("nvfp4").config.to_dict()
 
 
 @pytest.mark.parametrize(
