@@ -249,7 +249,8 @@ def quantized_linears(model: nn.Module) -> dict[str, NVFP4Layer]:
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no converted linear layers; load it with "
-            "quantization_config=NVFP4TrainingConfig(...) or call hf_nvfp4.quantize_model(model, config)"
+            "quantization_config=NVFP4TrainingConfig(...) or call hf_nvfp4.quantize_model(model, config). (A model "
+            "that was packed for inference has none: its recipe is fixed.)"
         )
     return found
 
