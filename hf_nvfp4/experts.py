@@ -96,7 +96,7 @@ class NVFP4Experts(NVFP4Module):
         if len(x) < len(order):
             x = F.pad(x, (0, 0, 0, len(order) - len(x)))  # what is nobody's
         y = _Taken.apply(x, places, order, 1) * top_k_weights.reshape(-1, 1)
-        return y.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+        return y.unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
 
     def _multiply(self, x: Tensor, name: str, tokens: list[int], dtype: torch.dtype) -> Tensor:
         """x [S, K], sorted by expert, times each one's matrix of that name -> [S, N] in dtype."""
