@@ -62,7 +62,8 @@ nearest. It passes if
 - loss and gradients are finite, and every converted weight has a gradient where BF16 has one;
 - the loss is within {LOSS_TOLERANCE:.0%} of BF16's, and all gradients together have a cosine of {LEAST_COSINE} or more
   to BF16's; or both are at most {NOISE_FACTOR} times as far off as BF16 is with {NOISE:.0%} noise on the same weights,
-  which is then said;
+  which is then said ("sensitive to rounding"; where that noise has a cosine of {1 - 1 / NOISE_FACTOR} or less, any
+  gradient passes);
 - saved, it has the keys and shapes of the plain model; loaded by `from_pretrained`, the same layers are converted and
   the loss is the same to the last bit; without its quantization_config it loads in plain Transformers with no missing
   and no unexpected key.

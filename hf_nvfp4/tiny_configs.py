@@ -47,7 +47,7 @@ _SIZES = [
     (r".*(intermediate|ffn|feed_forward|inner|mlp|dff|dim_ff|_ff).*", INTERMEDIATE),
     (r".*(embedding|embed_proj)_(size|dim)|pronunciation_embed_dim|shape_embed_dim", WIDTH // 2),
     (r".*(hidden_size|d_model|n_embd|emb_dim|width|embed_dim|proj_dim|projection_dim|hidden_dim).*", WIDTH),
-    (r".*vocab(ulary)?_size.*|codebook_size|.*num_embeddings", VOCABULARY),
+    (r".*vocab(ulary)?(_size.*)?|codebook_size|.*num_embeddings", VOCABULARY),
     (r".*(max_.*positions?|position_embeddings|max_seq.*|n_positions|n_ctx|context_length)", 4 * TOKENS),
     (r"image_size", 32),
 ]
