@@ -2,17 +2,18 @@
 
 from collections import Counter
 
-from hf_nvfp4.architectures import KINDS, LEAST_COSINE, LOSS_TOLERANCE, NO_EXPERTS, NOISE, NOISE_FACTOR, SEED, Row
+from hf_nvfp4.architectures import KINDS, LEAST_COSINE, LOSS_TOLERANCE, NOISE, NOISE_FACTOR, SEED, Row
+from hf_nvfp4.experts import OTHER_EXPERTS
 from hf_nvfp4.scores import markdown_table
 from hf_nvfp4.tiny_configs import WIDTH
 
 
 def count_line(rows: list[Row]) -> str:
-    """Such as "170 of 175 pass (40 with fused experts kept in high precision); 6 can't be built tiny"."""
+    """Such as "170 of 175 pass (4 with fused experts kept in high precision); 6 can't be built tiny"."""
     status = Counter(row.status for row in rows)
     passed = [row for row in rows if row.status == "pass"]
     notes = {
-        "with fused experts kept in high precision": sum(NO_EXPERTS in row.kept for row in passed),
+        "with fused experts kept in high precision": sum(OTHER_EXPERTS in row.kept for row in passed),
         "sensitive to rounding": sum(bool(row.control) for row in passed),
     }
     notes = ", ".join(f"{count} {note}" for note, count in notes.items() if count)
@@ -39,7 +40,6 @@ def _number(value: float | None, digits: int) -> str:
 
 def _words(row: Row) -> str:
     kept = [f"{count} kept: {reason}" for reason, count in row.kept.items() if reason != "output head"]
-    kept = [text.replace(f"kept: {NO_EXPERTS}", f"experts kept: {NO_EXPERTS}") for text in kept]
     control = f"sensitive to rounding: {row.control}" if row.control else ""
     return "; ".join(filter(None, [row.reason, *kept, *row.remarks, control]))
 
@@ -57,8 +57,8 @@ It is trained for one step under BF16 autocast on the CPU: as it is, and with it
 nearest. It passes if
 
 - of attention, MLPs, experts and mixers (Mamba, linear attention, convolutions, recurrences), each that the model has
-  has converted layers, and every converted layer was called; fused experts have no recipe yet, they and routers stay in
-  high precision;
+  has converted layers, and every converted layer was called; routers stay in high precision, and so do fused experts
+  that don't follow Transformers' experts interface;
 - loss and gradients are finite, and every converted weight has a gradient where BF16 has one;
 - the loss is within {LOSS_TOLERANCE:.0%} of BF16's, and all gradients together have a cosine of {LEAST_COSINE} or more
   to BF16's; or both are at most {NOISE_FACTOR} times as far off as BF16 is with {NOISE:.0%} noise on the same weights,
@@ -68,8 +68,9 @@ nearest. It passes if
   the loss is the same to the last bit; without its quantization_config it loads in plain Transformers with no missing
   and no unexpected key.
 
-Columns {kinds}: layers converted / layers; "other" are projections of embeddings and the like. "Not built" means that
-the plain model can't be built tiny or doesn't train by itself; the last column says why.
+Columns {kinds}: layers converted / layers, a module of fused experts being one;
+"other" are projections of embeddings and the like. "Not built" means that the plain model can't be built tiny or
+doesn't train by itself; the last column says why.
 
 {table(rows, types)}
 """

@@ -29,9 +29,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_nvfp4.casts import Cast
 from hf_nvfp4.convert import Decision
+from hf_nvfp4.experts import OTHER_EXPERTS
 from hf_nvfp4.integration import NVFP4TrainingConfig, quantize_model
 from hf_nvfp4.language import Recipe
-from hf_nvfp4.linear import quantized_linears
+from hf_nvfp4.linear import converted_modules
 from hf_nvfp4.tiny_configs import TOKENS, VOCABULARY, tiny_config
 
 _RN, _RN_2D = Cast(), Cast(square=True)
@@ -53,7 +54,6 @@ _PATTERNS = (
     (MIXER, r".*(mixer|mamba|attn|attention|delta_?net|recurrent|lstm|short_?conv|rwkv|kda).*"),
 )
 _KIND_OF_REASON = {"output head": HEAD, "router of experts": ROUTER}
-NO_EXPERTS = "no recipe for fused experts yet"
 
 
 @dataclass
@@ -145,11 +145,11 @@ def _check(cls: type, folder: Path, row: Row) -> None:
     row.loss, gradients = _watched_step(model)
     row.cosine = cosine(gradients, expected)
     _check_gradients(model, gradients, expected)
-    _check_nearness(cls, row, list(quantized_linears(model)), expected)
+    _check_nearness(cls, row, _weights(model), expected)
     _check_files(cls, model, folder, row.loss)
     for kind in (ATTENTION, MLP, EXPERTS, MIXER):
         reasons = {d.reason for d in decisions if kinds[d.name] == kind}
-        if row.kinds.get(kind, [1])[0] == 0 and reasons - {NO_EXPERTS, "router of experts"}:
+        if row.kinds.get(kind, [1])[0] == 0 and reasons - {OTHER_EXPERTS, "router of experts"}:
             raise Problem(f"no layer of kind {kind} was converted: {'; '.join(sorted(reasons))}")
 
 
@@ -196,24 +196,29 @@ def cosine(gradients: dict, expected: dict) -> float:
 
 
 def _watched_step(model: nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
-    """A train_step; a converted layer that gets a gradient without having been called did not quantize anything."""
-    called, linears = set(), quantized_linears(model)
-    hooks = [m.register_forward_pre_hook(lambda *_, n=name: called.add(n)) for name, m in linears.items()]
+    """A train_step; a converted module that gets a gradient without having been called did not quantize anything."""
+    called, modules = set(), converted_modules(model)
+    hooks = [m.register_forward_pre_hook(lambda *_, n=name: called.add(n)) for name, m in modules.items()]
     loss, gradients = train_step(model)
     for hook in hooks:
         hook.remove()
-    passed_by = [name for name in linears if name not in called and f"{name}.weight" in gradients]
+    passed_by = [name for name in _weights(model) if name.rpartition(".")[0] not in called and name in gradients]
     if passed_by:
         raise Problem(f"converted, but multiplied by without being called: {_some(passed_by)}")
     return loss, gradients
+
+
+def _weights(model: nn.Module) -> list[str]:
+    """The names of the parameters that are cast."""
+    return [f"{name}.{matrix}" for name, module in converted_modules(model).items() for matrix in module.sizes]
 
 
 def _check_gradients(model: nn.Module, gradients: dict, expected: dict) -> None:
     bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
     if bad:
         raise Problem(f"gradients are not finite: {_some(bad)}")
-    weights = [f"{name}.weight" for name in quantized_linears(model)]
-    zero = [n for n in weights if n in expected and expected[n].any() and not (n in gradients and gradients[n].any())]
+    weights = [name for name in _weights(model) if name in expected and expected[name].any()]
+    zero = [name for name in weights if not (name in gradients and gradients[name].any())]
     if zero:
         raise Problem(f"no gradient, though BF16 has one: {_some(zero)}")
 
@@ -235,10 +240,10 @@ def _check_nearness(cls: type, row: Row, converted: list[str], expected: dict) -
 
 @torch.no_grad()
 def disturbed(model: nn.Module, names: list[str]) -> nn.Module:
-    """The model with noise of relative size NOISE on the weights of these layers."""
+    """The model with noise of relative size NOISE on these weights."""
     generator = torch.Generator().manual_seed(SEED)
     for name in names:
-        weight = model.get_submodule(name).weight
+        weight = model.get_parameter(name)
         weight.mul_(1 + NOISE * torch.randn(weight.shape, generator=generator))
     return model
 
@@ -251,9 +256,8 @@ def _check_files(cls: type, model: nn.Module, folder: Path, loss: float) -> None
         different = set(keys.items()) ^ set(plain_keys.items())
         raise Problem(f"keys on disk differ from the plain model's: {_some(different)}")
     again = cls.from_pretrained(trained, dtype=torch.float32).train()
-    converted = set(quantized_linears(model))
-    if set(quantized_linears(again)) != converted:
-        raise Problem(f"other layers are converted after loading: {_some(set(quantized_linears(again)) ^ converted)}")
+    if other := set(converted_modules(again)) ^ set(converted_modules(model)):
+        raise Problem(f"other layers are converted after loading: {_some(other)}")
     found = _loss(again).item()
     if found != loss:
         raise Problem(f"loss {found!r} after loading, {loss!r} before saving")

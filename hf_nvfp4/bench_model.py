@@ -66,7 +66,7 @@ def layer_shapes(args: argparse.Namespace) -> dict[tuple[int, int], list[str]]:
     modules, shapes = dict(network.named_modules()), defaultdict(dict)
     for variant in args.variants or [None]:
         for decision in decide(network, choice_of(args, variant).choice()):
-            if decision.converted:
+            if decision.converted and not decision.experts:
                 linear = modules[decision.name]
                 shapes[linear.in_features, linear.out_features][decision.name.rpartition(".")[2]] = None
     return {shape: list(names) for shape, names in shapes.items()}

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_nvfp4 import experts
 from hf_nvfp4.backends import BACKENDS
 from hf_nvfp4.conv1d import NVFP4Conv1D
 from hf_nvfp4.gemm import backend_name, check_backend
 from hf_nvfp4.language import Recipe, RecipeMap, check_block_count, matches, recipe_for
-from hf_nvfp4.linear import NVFP4Layer, NVFP4Linear, quantized_linears, unsuitable
+from hf_nvfp4.linear import NVFP4Linear, NVFP4Module, converted_modules, unsuitable
 from hf_nvfp4.weight_reads import BOTH, READ, uses
 
 # Subclasses of nn.Linear whose own forward computes the same thing.
@@ -26,11 +27,15 @@ _OTHER_MODES = r"vision|image|video|audio|speech"
 
 @dataclass(frozen=True)
 class Decision:
-    """What was done with one linear layer (or one module of fused experts), by name, and the reason."""
+    """What was done with one linear layer, or one module of fused experts, by name, and the reason.
+
+    experts: how many are fused in the module; 0: it is a linear layer.
+    """
 
     name: str
     converted: bool
     reason: str
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def decide(model: nn.Module, choice: Choice) -> list[Decision]:
         ValueError: a pattern of skip or of a recipe map that matches no linear layer, a model without linears, or
             nothing to convert.
     """
-    candidates = {name: module for name, module in model.named_modules() if _is_linear_like(module)}
+    candidates = {name: module for name, module in model.named_modules() if _is_linear(module) or fused_experts(module)}
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no linear layers; hf_nvfp4 converts nn.Linear modules")
     patterns = [] if isinstance(choice.recipe, Recipe) else [pattern for pattern, _ in choice.recipe.recipes]
@@ -87,20 +92,27 @@ def decide(model: nn.Module, choice: Choice) -> list[Decision]:
             or (None if recipe_for(choice.recipe, name) else "no pattern of the recipe map matches")
         )
         why = reason or _recipe_of(name, module, choice.recipe) + _may_be_passed_by(name, model)
-        decisions.append(Decision(name, reason is None, why))
+        decisions.append(Decision(name, reason is None, why, fused_experts(module)))
     if not any(d.converted for d in decisions):
         raise ValueError(f"nothing to convert: {summary(decisions)}")
     return decisions
 
 
-def _is_linear_like(module: nn.Module) -> bool:
-    fused = type(module).__name__.endswith("Experts") and any(p.dim() == 3 for p in module.parameters(recurse=False))
-    return isinstance(module, (nn.Linear, Conv1D)) or fused
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D))
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    """in_features, out_features."""
-    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+def fused_experts(module: nn.Module) -> int:
+    """How many experts are fused in a module's own parameters; 0 in others."""
+    named = type(module).__name__.endswith("Experts")
+    return next((len(p) for p in module.parameters(recurse=False) if named and p.dim() == 3), 0)
+
+
+def _sizes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """in_features, out_features; of experts each matrix's, by its name."""
+    if not _is_linear(module):
+        return experts.sizes_of(module)
+    return {"": (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)}
 
 
 def _output_heads(model: nn.Module) -> set[nn.Module]:
@@ -159,29 +171,40 @@ def _unconvertible(name: str, module: nn.Module, model: nn.Module) -> str | None
     kind = type(module)
     if any(part.startswith("lora_") for part in name.split(".")):
         return "LoRA adapter"
-    if not isinstance(module, (nn.Linear, Conv1D)):
-        return "no recipe for fused experts yet"
-    if kind not in (nn.Linear, Conv1D) and kind.__name__ not in _LINEAR_FORWARDS:
+    if not _is_linear(module):
+        if reason := experts.why_not(module):
+            return reason
+    elif kind not in (nn.Linear, Conv1D) and kind.__name__ not in _LINEAR_FORWARDS:
         return f"{kind.__name__} is a subclass of {kind.__base__.__name__} that may compute something else"
     if _use(name, model) == READ:
         return f"{_class(model, name.rpartition('.')[0])} multiplies by its weight without calling it"
     if "forward" in vars(module):
         return "its forward is replaced on the instance (a hook of Accelerate's?); convert before dispatching"
-    return unsuitable(*_sizes(module))
+    reasons = ((matrix, unsuitable(*sizes)) for matrix, sizes in _sizes(module).items())
+    return next((f"{matrix}: {reason}" if matrix else reason for matrix, reason in reasons if reason), None)
 
 
-def _recipe_of(name: str, linear: nn.Module, recipe: Recipe | RecipeMap) -> str:
-    """What a converted layer computes with, and what its shape changed."""
+def _recipe_of(name: str, module: nn.Module, recipe: Recipe | RecipeMap) -> str:
+    """What a converted layer, or the experts, compute with, and what their shapes changed."""
     recipe = recipe_for(recipe, name)
-    sizes = _sizes(linear)
+    sizes, shapes = _sizes(module), ""
+    changes = [change for matrix, size in sizes.items() for change in _changes(recipe, size, matrix and f"{matrix} ")]
+    if not _is_linear(module):
+        shapes = f" ({fused_experts(module)} × {' and '.join(f'{matrix} {k}→{n}' for matrix, (k, n) in sizes.items())})"
+    return f"recipe {recipe.name}{shapes}{''.join(changes)}"
+
+
+def _changes(recipe: Recipe, sizes: tuple[int, int], matrix: str) -> list[str]:
+    """What a matrix's shape changes in a recipe."""
     fitted, changes = recipe.fitted(*sizes), []
     for name, features in zip(("fprop", "dgrad"), sizes, strict=True):
         before, after = (getattr(r, name).a.hadamard for r in (recipe, fitted))
         if before != after:
-            changes.append(f", {name} rotated by {after}, not {before}, which does not divide {features}")
+            changes.append(f", {matrix}{name} rotated by {after}, not {before}, which does not divide {features}")
     if recipe.basis != fitted.basis:
-        changes.append(f", features rotated by {fitted.basis}, not {recipe.basis}, which does not divide theirs")
-    return f"recipe {recipe.name}{''.join(changes)}"
+        rotations = f"{fitted.basis}, not {recipe.basis}"
+        changes.append(f", {matrix}features rotated by {rotations}, which does not divide theirs")
+    return changes
 
 
 def _kept_by_user(name: str, choice: Choice) -> str | None:
@@ -218,17 +241,24 @@ def _kept_block(position: tuple[int, int] | None, choice: Choice) -> str | None:
 
 
 def summary(decisions: list[Decision]) -> str:
-    """One line, such as "converted 14 of 15 linears (lm_head: kept, output head)"."""
+    """One line, such as "converted 14 of 15 linears and 2 of 2 modules of experts (lm_head: kept, output head)"."""
     kept = defaultdict(list)
     for decision in decisions:
         if not decision.converted:
-            kept[decision.reason].append(decision.name)
+            kept[decision.reason].append(decision)
     groups = [
-        f"{', '.join(names) if len(names) < 3 else f'{len(names)} linears'}: kept, {reason}"
-        for reason, names in kept.items()
+        f"{', '.join(d.name for d in of) if len(of) < 3 else f'{len(of)} {_noun(of)}'}: kept, {reason}"
+        for reason, of in kept.items()
     ]
-    line = f"converted {sum(d.converted for d in decisions)} of {len(decisions)} linears"
+    kinds = [[d for d in decisions if bool(d.experts) == fused] for fused in (False, True)]
+    counts = [f"{sum(d.converted for d in of)} of {len(of)} {_noun(of)}" for of in kinds if of]
+    line = f"converted {' and '.join(counts)}"
     return f"{line} ({'; '.join(groups)})" if groups else line
+
+
+def _noun(decisions: list[Decision]) -> str:
+    fused = {bool(decision.experts) for decision in decisions}
+    return "layers" if len(fused) > 1 else "modules of experts" if True in fused else "linears"
 
 
 def convert(model: nn.Module, choice: Choice, high_precision: str | None = None) -> list[Decision]:
@@ -239,8 +269,8 @@ def convert(model: nn.Module, choice: Choice, high_precision: str | None = None)
     Raises:
         ValueError: as `decide`; or the model is converted already; or no backend runs the recipe there.
     """
-    if any(isinstance(module, NVFP4Layer) for module in model.modules()):
-        recipe = next(iter(quantized_linears(model).values())).recipe.name
+    if any(isinstance(module, NVFP4Module) for module in model.modules()):
+        recipe = next(iter(converted_modules(model).values())).recipe.name
         raise ValueError(
             f"this model is converted already (recipe {recipe!r}); use hf_nvfp4.use_recipe for another recipe, or "
             "build the model anew"
@@ -248,7 +278,7 @@ def convert(model: nn.Module, choice: Choice, high_precision: str | None = None)
     decisions = decide(model, choice)
     modules = dict(model.named_modules())
     recipes = {d.name: recipe_for(choice.recipe, d.name) for d in decisions if d.converted}
-    device = modules[next(iter(recipes))].weight.device
+    device = next(modules[next(iter(recipes))].parameters()).device
     line = summary(decisions)
     for recipe in dict.fromkeys(recipes.values()):
         active = recipe.active(high_precision)
@@ -257,13 +287,18 @@ def convert(model: nn.Module, choice: Choice, high_precision: str | None = None)
             backend = backend_name(choice.backend, active, device)
             line += f", backend {backend}: {BACKENDS[backend].exactness(active)}"
     for name, recipe in recipes.items():
-        layer = NVFP4Conv1D if isinstance(modules[name], Conv1D) else NVFP4Linear
-        layer.convert(modules[name], recipe, choice.backend, high_precision)
+        _class_for(modules[name]).convert(modules[name], recipe, choice.backend, high_precision)
     model.nvfp4_decisions = decisions
     _tell_transformers(model)
     if os.environ.get("RANK", "0") == "0":
         print(f"hf_nvfp4: {line}", flush=True)
     return decisions
+
+
+def _class_for(module: nn.Module) -> type[NVFP4Module]:
+    if not _is_linear(module):
+        return experts.experts_class(type(module))
+    return NVFP4Conv1D if isinstance(module, Conv1D) else NVFP4Linear
 
 
 def _tell_transformers(model: nn.Module) -> None:
@@ -278,8 +313,8 @@ def set_high_precision(model: nn.Module, gemms: str | None) -> None:
 
     The choice is written into `model.config.quantization_config`, so that a checkpoint saved now says so.
     """
-    for linear in quantized_linears(model).values():
-        linear.set_recipe(linear.recipe, high_precision=gemms)
+    for module in converted_modules(model).values():
+        module.set_recipe(module.recipe, high_precision=gemms)
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is not None:
         config.high_precision = gemms

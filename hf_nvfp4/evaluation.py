@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hf_nvfp4.gemm import backend_name
 from hf_nvfp4.integration import QUANT_METHOD, NVFP4TrainingConfig
 from hf_nvfp4.language import Recipe, RecipeMap
-from hf_nvfp4.linear import NVFP4Layer, use_recipe
+from hf_nvfp4.linear import NVFP4Layer, NVFP4Module, use_recipe
 from hf_nvfp4.packed import PackedLinear
 from hf_nvfp4.scores import AS_TRAINED, combine, estimate, standard_error
 
@@ -134,23 +134,25 @@ def precision(model, name: str) -> contextlib.AbstractContextManager:
 
 def precision_detail(model) -> str:
     """In which arithmetic `model` runs now, in words."""
-    linears = _converted(model)
+    modules = _converted(model)
     if packed := _packed(model):
         ways = " and ".join(sorted({f"recipe {x.recipe_name}, packed, {x.arithmetic}" for x in packed}))
         return f"{ways}, in {len(packed)} linears; all else {_plain(model.dtype)}"
-    if not linears and (other := getattr(model.config, "quantization_config", None)):
+    if not modules and (other := getattr(model.config, "quantization_config", None)):
         return f"{getattr(other, 'quant_method', 'other')} quantization, not hf_nvfp4's; all else {_plain(model.dtype)}"
-    if not linears:
+    if not modules:
         return f"plain model without an hf_nvfp4 configuration, {_plain(model.dtype)} throughout"
-    ways = {(x.eval_recipe.name, backend_name(x.backend, x.eval_recipe, x.weight.device)) for x in linears}
+    ways = {(x.eval_recipe.name, backend_name(x.backend, x.eval_recipe, next(x.parameters()).device)) for x in modules}
     recipes = ", ".join(f"{recipe} on backend {backend}" for recipe, backend in sorted(ways))
-    per_token = any(x.eval_recipe.fprop.a.outer == "row" for x in linears)
+    per_token = any(x.eval_recipe.fprop.a.outer == "row" for x in modules)
     scales = ", activation scales per token" if per_token else ""
-    return f"{recipes} in {len(linears)} linears{scales}; all else {_plain(model.dtype)}"
+    linears = sum(isinstance(x, NVFP4Layer) for x in modules)
+    experts = f" and {len(modules) - linears} modules of experts" if linears < len(modules) else ""
+    return f"{recipes} in {linears} linears{experts}{scales}; all else {_plain(model.dtype)}"
 
 
-def _converted(model) -> list[NVFP4Layer]:
-    return [module for module in model.modules() if isinstance(module, NVFP4Layer)]
+def _converted(model) -> list[NVFP4Module]:
+    return [module for module in model.modules() if isinstance(module, NVFP4Module)]
 
 
 def _packed(model) -> list[PackedLinear]:

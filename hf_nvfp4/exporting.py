@@ -152,6 +152,11 @@ def export(
         inputs = _input_amax(source, layers, calibration, dtype) if activations else {}
         groups = _groups(layers, summary) if fused == "shared" else {}
         writer.run(names, layers, inputs, groups)
+        if layers and (experts := source.fused_experts()):
+            summary.notes.append(
+                f"The fused experts of {experts} modules stay in {str(dtype).removeprefix('torch.')}: they are not "
+                "packed yet."
+            )
         if other := {str(one.fprop.a) for one in layers.values() if activations and one.fprop.a != Cast()}:
             summary.notes.append(
                 f"Training cast activations as {' and '.join(sorted(other))}; engines round each 1×16 block to "

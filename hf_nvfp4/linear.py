@@ -137,7 +137,79 @@ class LinearFunction(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
-class NVFP4Layer:
+def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, input_casts: Casts | None = None):
+    """x [T, K], weight [N, K], bias [N] -> y [T, N] in the compute dtype, with its gradients, as the plan says.
+
+    input_casts: as `LinearFunction` takes them. Where the recipe makes something else of x and w, casts are kept for
+    nobody.
+    """
+    if x.numel() == 0:
+        return F.linear(*(None if t is None else t.to(plan.dtype) for t in (x, weight, bias)))
+    if not plan.recipe.conditions:
+        return LinearFunction.apply(x, weight, bias, plan, input_casts)
+    plan = plan._replace(weight_casts=None)
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return LinearFunction.apply(x, weight, None, plan, None)
+
+    y = conditioned(product, x.to(plan.dtype), weight, plan.recipe)
+    return y if bias is None else y + bias.to(plan.dtype)
+
+
+def compute_dtype(x: Tensor, module: nn.Module) -> torch.dtype:
+    """Autocast's, where it is on, else the input's. TypeError for one that is not floating-point."""
+    if not x.is_floating_point():
+        raise TypeError(f"{type(module).__name__} takes floating-point inputs, not {x.dtype}")
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class NVFP4Module:
+    """What linear layers and fused experts have in common: a recipe, fitted to each matrix, that can be set anew."""
+
+    # Native tensor parallelism in Transformers: hand us plain local tensors, not DTensors.
+    _hf_quantized_needs_local_tp = True
+    # in_features, out_features of each matrix, by its parameter's name; both multiples of 16.
+    sizes: dict[str, tuple[int, int]]
+
+    def set_recipe(self, recipe: str | Recipe, backend: str | None = None, high_precision: str | None = None) -> None:
+        """Use another recipe (and backend) from now on; the parameters stay.
+
+        high_precision: the GEMMs that run in BF16 all the same: "all", "forward", or None.
+        """
+        recipe = get_recipe(recipe)
+        for in_features, out_features in self.sizes.values():
+            if reason := unsuitable(in_features, out_features):
+                raise ValueError(f"{in_features}→{out_features}: {reason}; use nn.Linear for this layer")
+        if backend is not None:
+            check_backend(backend)
+            self.backend = backend
+        self.recipe = recipe
+        self.high_precision = high_precision
+        self.fit({name: recipe.fitted(*sizes).active(high_precision) for name, sizes in self.sizes.items()})
+
+    def fit(self, recipes: dict[str, Recipe]) -> None:
+        """Train with these recipes, by the names of `sizes`; in eval mode with theirs per token."""
+        raise NotImplementedError
+
+    @classmethod
+    def convert(
+        cls, module: nn.Module, recipe: str | Recipe, backend: str = "auto", high_precision: str | None = None
+    ) -> "NVFP4Module":
+        """Turn `module` into one of this class in place: same object, same Parameters, same hooks."""
+        module.__class__ = cls
+        module.set_recipe(recipe, backend, high_precision)
+        return module
+
+    def describe(self, device: torch.device) -> str:
+        """Recipe and backend, for `extra_repr`; device: where the weights are."""
+        backend = self.backend
+        if backend == "auto" and device.type != "meta":
+            backend = f"auto→{backend_name(backend, self.train_recipe, device)}"
+        return f"recipe={self.train_recipe.name!r}, backend={backend!r}"
+
+
+class NVFP4Layer(NVFP4Module):
     """A linear layer that multiplies as a recipe says; mixed into modules that have the attributes of `nn.Linear`.
 
     Operands are rounded to the compute dtype first, as `F.linear` does: autocast's, where it is on, else the
@@ -145,8 +217,6 @@ class NVFP4Layer:
     other tokens of the batch. Layers that are given the same tensor one after the other cast it once.
     """
 
-    # Native tensor parallelism in Transformers: hand us plain local tensors, not DTensors.
-    _hf_quantized_needs_local_tp = True
     # Set by `cast_weights_once`.
     weight_casts: WeightCasts | None = None
 
@@ -155,68 +225,32 @@ class NVFP4Layer:
         """The weight as [out_features, in_features], itself or a view."""
         return self.weight
 
-    def set_recipe(self, recipe: str | Recipe, backend: str | None = None, high_precision: str | None = None) -> None:
-        """Use another recipe (and backend) from now on; the parameters stay.
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """in_features, out_features, by the weight's name."""
+        return {"weight": (self.in_features, self.out_features)}
 
-        high_precision: the GEMMs that run in BF16 all the same: "all", "forward", or None.
-        """
-        recipe = get_recipe(recipe)
-        if reason := unsuitable(self.in_features, self.out_features):
-            raise ValueError(f"{self.in_features}→{self.out_features}: {reason}; use nn.Linear for this layer")
-        if backend is not None:
-            check_backend(backend)
-            self.backend = backend
-        self.recipe = recipe
-        self.high_precision = high_precision
-        self.train_recipe = recipe.fitted(self.in_features, self.out_features).active(high_precision)
+    def fit(self, recipes: dict[str, Recipe]) -> None:
+        """Train with the recipe of "weight"; in eval mode with it per token."""
+        self.train_recipe = recipes["weight"]
         self.eval_recipe = self.train_recipe.per_token()
         self.train_key, self.eval_key = self.train_recipe.key, self.eval_recipe.key
 
-    @classmethod
-    def convert(
-        cls, linear: nn.Module, recipe: str | Recipe, backend: str = "auto", high_precision: str | None = None
-    ) -> "NVFP4Layer":
-        """Turn `linear` into one of this class in place: same object, same Parameters, same hooks."""
-        linear.__class__ = cls
-        linear.set_recipe(recipe, backend, high_precision)
-        return linear
-
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] of any rank and number of tokens -> [..., out_features]."""
-        device = x.device.type
-        if not x.is_floating_point():
-            raise TypeError(f"{type(self).__name__} takes floating-point inputs, not {x.dtype}")
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if x.numel() == 0:
-            return F.linear(x.to(dtype), self.matrix.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        dtype = compute_dtype(x, self)
         recipe = BY_KEY[self.train_key if self.training else self.eval_key]
         wgrad = self.weight.requires_grad and torch.is_grad_enabled()
         backend = backend_for(self.backend, recipe, x.device)
         # A compiled graph merges equal casts by itself, and has to see each.
         eager = not torch.compiler.is_compiling()
         plan = Plan(recipe, backend, dtype, wgrad, self.weight_casts if eager and self.training else None)
-        tokens = x.reshape(-1, x.shape[-1])
-        if recipe.conditions:
-            y = self._conditioned(tokens.to(dtype), plan)
-        else:
-            y = LinearFunction.apply(tokens, self.matrix, self.bias, plan, casts_of_input(x, self) if eager else None)
+        casts = casts_of_input(x, self) if eager and not recipe.conditions else None
+        y = quantized_linear(x.reshape(-1, x.shape[-1]), self.matrix, self.bias, plan, casts)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def _conditioned(self, tokens: Tensor, plan: Plan) -> Tensor:
-        """The product of what the recipe makes of x [T, K] and the weight; their casts are kept for nobody."""
-        plan = plan._replace(weight_casts=None)
-
-        def product(x: Tensor, weight: Tensor) -> Tensor:
-            return LinearFunction.apply(x, weight, None, plan, None)
-
-        y = conditioned(product, tokens, self.matrix, plan.recipe)
-        return y if self.bias is None else y + self.bias.to(plan.dtype)
-
     def extra_repr(self) -> str:
-        backend = self.backend
-        if backend == "auto" and self.weight.device.type != "meta":
-            backend = f"auto→{backend_name(backend, self.train_recipe, self.weight.device)}"
-        return f"{nn.Linear.extra_repr(self)}, recipe={self.train_recipe.name!r}, backend={backend!r}"
+        return f"{nn.Linear.extra_repr(self)}, {self.describe(self.weight.device)}"
 
 
 class NVFP4Linear(NVFP4Layer, nn.Linear):
@@ -243,9 +277,9 @@ def unsuitable(in_features: int, out_features: int) -> str | None:
     return None
 
 
-def quantized_linears(model: nn.Module) -> dict[str, NVFP4Layer]:
-    """The converted layers of a model by name; ValueError if there is none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, NVFP4Layer)}
+def converted_modules(model: nn.Module) -> dict[str, NVFP4Module]:
+    """The converted layers and modules of fused experts by name; ValueError if there is none."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, NVFP4Module)}
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no converted linear layers; load it with "
@@ -255,24 +289,40 @@ def quantized_linears(model: nn.Module) -> dict[str, NVFP4Layer]:
     return found
 
 
+def quantized_linears(model: nn.Module) -> dict[str, NVFP4Layer]:
+    """The converted layers of a model by name, without fused experts; ValueError if there is none."""
+    found = {name: module for name, module in converted_modules(model).items() if isinstance(module, NVFP4Layer)}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no converted linear layers, only fused experts, which are left out here"
+        )
+    return found
+
+
+def experts_left_out(model: nn.Module) -> str | None:
+    """What to say where only linear layers are looked at, "fused experts are left out (2 modules)"; or None."""
+    count = sum(not isinstance(module, NVFP4Layer) for module in converted_modules(model).values())
+    return f"fused experts are left out ({count} modules)" if count else None
+
+
 @contextmanager
 def use_recipe(model: nn.Module, recipe: str | Recipe | RecipeMap):
-    """Run a converted model's layers with another recipe (say "bf16") inside a with block.
+    """Run a converted model's layers and experts with another recipe (say "bf16") inside a with block.
 
     recipe: as `NVFP4TrainingConfig` takes it; layers that a map has no recipe for run in BF16.
 
     Raises:
         ValueError: unknown recipe, or a model without converted layers.
     """
-    recipe, linears = get_recipes(recipe), quantized_linears(model)
-    before = [(linear, linear.recipe, linear.high_precision) for linear in linears.values()]
+    recipe, modules = get_recipes(recipe), converted_modules(model)
+    before = [(module, module.recipe, module.high_precision) for module in modules.values()]
     try:
-        for name, linear in linears.items():
-            linear.set_recipe(recipe_for(recipe, name) or "bf16")
+        for name, module in modules.items():
+            module.set_recipe(recipe_for(recipe, name) or "bf16")
         yield model
     finally:
-        for linear, old, high_precision in before:
-            linear.set_recipe(old, high_precision=high_precision)
+        for module, old, high_precision in before:
+            module.set_recipe(old, high_precision=high_precision)
 
 
 @contextmanager
@@ -287,7 +337,7 @@ def cast_weights_once(model: nn.Module):
     Gradients are the same bits. Costs the operands of fprop and dgrad of every weight: 2 bytes a parameter on backend
     fp8, 4 on bf16, about 1.1 on fp4. They are dropped at the end, at any step of a torch optimizer, and not used once
     torch has counted a change of the weight; a write that it does not count (`weight.data`) inside the block is not
-    seen. In training mode only; a compiled model casts at each micro-batch all the same.
+    seen. In training mode only; a compiled model casts at each micro-batch all the same, and so do fused experts.
 
     Raises:
         ValueError: a model without converted layers, or with sharded weights only (FSDP, ZeRO-3, tensor parallelism).
@@ -306,8 +356,11 @@ def cast_weights_once(model: nn.Module):
 
 def why_not_once(model: nn.Module) -> str | None:
     """Why no operands of a converted model's weights can be kept, or None."""
-    if any(map(is_whole, quantized_linears(model).values())):
+    linears = [module for module in converted_modules(model).values() if isinstance(module, NVFP4Layer)]
+    if any(map(is_whole, linears)):
         return None
+    if not linears:
+        return "only fused experts are converted, and those are cast at each micro-batch"
     return "the weights are sharded (FSDP, ZeRO-3, tensor parallelism); only operands of whole ones can be kept"
 
 

@@ -14,7 +14,7 @@ from hf_nvfp4.captured import Captured, watch
 from hf_nvfp4.data import InputError, embedded_corpus, find_files, read_files
 from hf_nvfp4.integration import NVFP4TrainingConfig, quantize_model
 from hf_nvfp4.language import Recipe
-from hf_nvfp4.linear import NVFP4Layer, quantized_linears, use_recipe
+from hf_nvfp4.linear import NVFP4Module, converted_modules, quantized_linears, use_recipe
 from hf_nvfp4.packing import load_tokenizer, tokenize
 
 # ---- Model and text ------------------------------------------------------------------------------------
@@ -36,12 +36,12 @@ def load(name: str, device: torch.device) -> nn.Module:
         raise InputError(f"{name}: no such folder, and not the name of a model on the Hub (org/name)")
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
-        if not any(isinstance(module, NVFP4Layer) for module in model.modules()):
+        if not any(isinstance(module, NVFP4Module) for module in model.modules()):
             quantize_model(model, NVFP4TrainingConfig(recipe="bf16"))
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"could not load a causal LM from {name}: {str(error).strip().splitlines()[0]}") from error
-    for linear in quantized_linears(model).values():
-        linear.train()
+    for module in converted_modules(model).values():
+        module.train()
     return model
 
 

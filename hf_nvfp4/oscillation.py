@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_nvfp4.language import Recipe
-from hf_nvfp4.linear import NVFP4Layer, is_whole, quantized_linears
+from hf_nvfp4.linear import NVFP4Layer, experts_left_out, is_whole, quantized_linears
 from hf_nvfp4.reference import quantize_blocks
 
 logger = logging.get_logger(__name__)
@@ -26,7 +26,8 @@ class OsciReset(TrainerCallback):
     Costs four FP32 tensors a weight and a cast a step, in a window only. Windows follow from the number of the step
     alone, but what was seen in one is not in checkpoints: training that is resumed in a window skips it.
     Under DDP all ranks have the same weights and reset the same ones; weights sharded by FSDP2 are gathered one at a
-    time to be cast. `PrecisionSchedule` ends what is watched: give it a smaller `last`, by a window at least.
+    time to be cast. `PrecisionSchedule` ends what is watched: give it a smaller `last`, by a window at least. Fused
+    experts are left out.
 
     Args:
         period: optimizer steps from the beginning of a window to that of the next.
@@ -99,6 +100,8 @@ class OsciReset(TrainerCallback):
                 f"OsciReset: watches {self.watch} steps from step {windows[0]} of {state.max_steps}, "
                 f"every {self.period}, {len(windows)} windows in all"
             )
+            if left_out := experts_left_out(model):
+                logger.warning(f"OsciReset: {left_out}")
             for begin in windows:
                 if begin < step < begin + self.watch:
                     logger.warning(f"OsciReset: resumed at step {step}, so the window from step {begin} is skipped")

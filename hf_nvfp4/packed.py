@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_nvfp4.backends import bf16, fp4, fp4_triton
+from hf_nvfp4.experts import restore
 from hf_nvfp4.gemm import backend_for, cast, multiply
 from hf_nvfp4.language import BY_KEY, Recipe
 from hf_nvfp4.linear import NVFP4Layer, NVFP4Linear, quantized_linears
@@ -218,7 +219,8 @@ def _why_not(linear: NVFP4Layer, activations: bool = False, loaded: bool = True)
 def pack_model(model: nn.Module, *, activations: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace the NVFP4Linears of a model by PackedLinears, one by one, each BF16 weight freed as it goes.
 
-    The model is then for inference: in eval mode, its parameters frozen. Prints what was packed.
+    The model is then for inference: in eval mode, its parameters frozen. Fused experts are plain ones again, as in an
+    export: in high precision. Prints what was packed.
 
     Args:
         activations, dtype: as in `PackedLinear` and `PackedLinear.from_linear`.
@@ -244,13 +246,18 @@ def check_packable(model: nn.Module, activations: bool, loaded: bool = True) -> 
 
 
 def for_inference(model: nn.Module) -> nn.Module:
-    """A model whose layers are packed by now: in eval mode, frozen, not to be saved; prints what was packed."""
+    """A model whose layers are packed by now: in eval mode, frozen, not to be saved; prints what was packed.
+
+    Fused experts that were converted are plain ones again.
+    """
     model.eval().requires_grad_(False)
+    experts = restore(model)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = model.push_to_hub = _not_saved
     if os.environ.get("RANK", "0") == "0":
         layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-        print(f"hf_nvfp4: packed {len(layers)} linears; {layers[0].extra_repr()} …\n{table(layers)}", flush=True)
+        left = f"; {experts} modules of experts run in high precision, no packed format for them" if experts else ""
+        print(f"hf_nvfp4: packed {len(layers)} linears{left}; {layers[0].extra_repr()} …\n{table(layers)}", flush=True)
     return model
 
 

@@ -4,6 +4,7 @@ Checkpoints that are known to be whole, a model directory that is never half old
 and the callbacks that measure a run. Knows Trainer; knows nothing of recipes or data.
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -80,7 +81,34 @@ def find_checkpoint(wanted: str | None, output_dir: Path) -> tuple[Path | None, 
 
 
 class SafeTrainer(Trainer):
-    """Trainer whose failed checkpoint leaves a sentence, no debris, and the previous checkpoint."""
+    """Trainer whose failed checkpoint leaves a sentence, no debris, and the previous checkpoint.
+
+    With FSDP2 gradients are summed over the ranks in FP32.
+    """
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if policy is not None and plugin.fsdp_version == 2:
+            # Accelerate sums them in the parameters' dtype, and rounds the loss to it.
+            fp32 = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+            plugin.mixed_precision_policy = fp32
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """As Trainer's; the whole model, whatever checkpoints have, and these with config and tokenizer."""
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        plugin, folder = self.accelerator.state.fsdp_plugin, Path(output_dir or self.args.output_dir)
+        kind = plugin.state_dict_type
+        if not _internal_call:
+            plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
+        plugin.set_state_dict_type(kind)
+        if self.args.should_save and not (folder / "config.json").exists():
+            self.model.config.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model, trial):
         try:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 from hf_nvfp4.casts import unknown
 from hf_nvfp4.convert import set_high_precision
 from hf_nvfp4.language import GEMM_CHOICES
-from hf_nvfp4.linear import cast_weights_once, quantized_linears, why_not_once
+from hf_nvfp4.linear import cast_weights_once, converted_modules, experts_left_out, why_not_once
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +42,7 @@ class PrecisionSchedule(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Says when it will switch; an unconverted model is an error here, not at the switch."""
-        quantized_linears(model)
+        converted_modules(model)
         if state.is_world_process_zero:
             logger.warning(
                 f"PrecisionSchedule: {self.gemms} GEMMs in BF16 from step {self.switch_step(state.max_steps)} "
@@ -52,10 +52,11 @@ class PrecisionSchedule(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         """Sets the precision that belongs to this step."""
         wanted = self.gemms if state.global_step >= self.switch_step(state.max_steps) else None
-        if all(linear.high_precision == wanted for linear in quantized_linears(model).values()):
+        modules = converted_modules(model).values()
+        if all(module.high_precision == wanted for module in modules):
             return
         set_high_precision(model, wanted)
-        precision = next(iter(quantized_linears(model).values())).train_recipe.name
+        precision = next(iter(modules)).train_recipe.name
         state.log_history.append({"step": state.global_step, "precision": precision})
         if state.is_world_process_zero:
             logger.warning(f"step {state.global_step}: precision is now {precision}")
@@ -66,7 +67,7 @@ class CastWeightsOnce(TrainerCallback):
 
     `cast_weights_once` around the micro-batches of each step: from the step's begin until just before the optimizer
     runs. Same bits; what it costs in memory stands there. Says at the beginning of training why it does nothing: no
-    accumulation, a compiled model, sharded weights.
+    accumulation, a compiled model, sharded weights, fused experts only; and that it leaves those out.
     """
 
     def __init__(self):
@@ -76,8 +77,9 @@ class CastWeightsOnce(TrainerCallback):
         """Says if there is nothing to do; an unconverted model is an error."""
         self._close()  # what an interrupted training left open
         self.idle = _why_idle(args, model)
-        if self.idle and state.is_world_process_zero:
-            logger.warning(f"CastWeightsOnce does nothing: {self.idle}")
+        note = f"does nothing: {self.idle}" if self.idle else experts_left_out(model)
+        if note and state.is_world_process_zero:
+            logger.warning(f"CastWeightsOnce: {note}")
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         """Before the first micro-batch of an optimizer step."""

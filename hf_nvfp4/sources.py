@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_nvfp4 import shards
-from hf_nvfp4.convert import decide
+from hf_nvfp4.convert import decide, fused_experts
 from hf_nvfp4.data import InputError
 from hf_nvfp4.integration import QUANT_METHOD, NVFP4TrainingConfig
 from hf_nvfp4.language import Recipe, recipe_for
@@ -33,6 +33,10 @@ class Source:
         if self.state is not None:
             return {name: tuple(tensor.shape) for name, tensor in self.state.items()}
         return {name: entry.shape for name, entry in shards.entries(self.files).items()}
+
+    def fused_experts(self) -> int:
+        """How many modules of fused experts the model has."""
+        return sum(fused_experts(module) > 0 for module in self.model.modules())
 
     def stream(self, wanted=None):
         """(name, tensor), one after the other."""
@@ -104,7 +108,7 @@ def packed_layers(source: Source, recipe, activations: bool) -> tuple[dict[str, 
         layers = {name: _packable(name, module).train_recipe for name, module in converted.items()}
     else:
         config = recipe if isinstance(recipe, NVFP4TrainingConfig) else _config(source, recipe)
-        chosen = converted or [d.name for d in decide(source.model, config.choice()) if d.converted]
+        chosen = converted or [d.name for d in decide(source.model, config.choice()) if d.converted and not d.experts]
         found = {name: recipe_for(config.recipe, name) for name in chosen}
         to_pack = {name: _packable(name, linears[name]) for name, one in found.items() if one is not None}
         layers = {
@@ -117,6 +121,8 @@ def packed_layers(source: Source, recipe, activations: bool) -> tuple[dict[str, 
                 f"recipe {found.name!r} ({name}): {reason}. Export with format='plain' for a BF16 checkpoint, or give "
                 "recipe='nvfp4' to quantize the weights otherwise than in training."
             )
+    if not layers:
+        raise InputError("there is nothing to pack: only fused experts are converted. Export with format='plain'.")
     names = dict.fromkeys(found.name for found in layers.values())
     others = [name for name, module in linears.items() if name not in layers and _is_kept(module)]
     return layers, others, " and ".join(names)

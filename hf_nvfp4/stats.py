@@ -20,7 +20,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from hf_nvfp4.captured import watch
-from hf_nvfp4.linear import quantized_linears
+from hf_nvfp4.linear import experts_left_out, quantized_linears
 from hf_nvfp4.operand_stats import NOISE_THRESHOLD, layer_stats, noisy_groups, summary
 from hf_nvfp4.scores import write_atomically
 
@@ -51,7 +51,7 @@ class QuantizationStats(TrainerCallback):
 
     Every rank measures rows of its own, since sharded weights (FSDP2) are gathered by all; the first one reports its
     numbers. Not measured, with a sentence in the log: DeepSpeed, tensor and context parallelism, FSDP1, FP16 with loss
-    scaling, reentrant checkpointing.
+    scaling, reentrant checkpointing; and fused experts.
 
     Args:
         interval: optimizer steps between measurements.
@@ -86,6 +86,8 @@ class QuantizationStats(TrainerCallback):
             return
         self._probe = cut(batch, self.tokens)
         if state.is_world_process_zero:
+            if left_out := experts_left_out(model):
+                logger.warning(f"QuantizationStats: {left_out}")
             keep_until(Path(args.output_dir) / STATS_FILE, state.global_step)
             if self._handler is None:
                 logger.warning(f"QuantizationStats found no Trainer to report through; numbers go to {STATS_FILE} only")

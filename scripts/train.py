@@ -34,7 +34,7 @@ from hf_nvfp4.convert import set_high_precision, summary
 from hf_nvfp4.data import InputError, load_corpus
 from hf_nvfp4.gemm import backend_names
 from hf_nvfp4.integration import QUANT_METHOD
-from hf_nvfp4.linear import quantized_linears
+from hf_nvfp4.linear import converted_modules
 from hf_nvfp4.options import Arguments, ModelArguments, parse_arguments, read_recipe
 from hf_nvfp4.scores import write_json
 from hf_nvfp4.sizes import SIZES
@@ -200,9 +200,9 @@ def final_losses(trainer, about: dict) -> dict:
     loss = last[-1] if reuse else trainer.evaluate()["eval_loss"]
     with hf_nvfp4.use_recipe(trainer.model, "bf16"):
         loss_bf16 = trainer.evaluate(metric_key_prefix="bf16")["bf16_loss"]
-    linears = quantized_linears(trainer.model).values()
-    names = " and ".join(sorted({linear.eval_recipe.name for linear in linears}))
-    per_token = any(linear.eval_recipe != linear.train_recipe for linear in linears)
+    modules = converted_modules(trainer.model).values()
+    names = " and ".join(sorted({module.eval_recipe.name for module in modules}))
+    per_token = any(module.eval_recipe != module.train_recipe for module in modules)
     return {
         "validation_loss": loss,
         "validation_precision": f"{names} (as trained{', per-token activation scales' if per_token else ''})",

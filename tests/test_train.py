@@ -321,7 +321,7 @@ def check_run(run: dict):
     assert run["command"].startswith("python ") and "--seed 3" in run["command"]
     assert (run["recipe"], run["backend"], run["precision_schedule"]) == ("nvfp4", "bf16", None)
     assert run["conversion"].startswith("converted 21 of 29 linears")
-    assert len(run["decisions"]) == 29 and set(run["decisions"][0]) == {"name", "converted", "reason"}
+    assert len(run["decisions"]) == 29 and set(run["decisions"][0]) == {"name", "converted", "reason", "experts"}
     assert run["model"]["config"]["quantization_config"]["recipe"]["name"] == "nvfp4"
     assert run["model"]["type"] == "llama" and run["model"]["parameters"] > 30000
     data, training = run["data"], run["training"]

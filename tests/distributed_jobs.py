@@ -1,0 +1,353 @@
+"""What the processes of test_distributed*.py do: jobs, run by name, by gloo on the CPU.
+
+    python tests/distributed_jobs.py FOLDER JOB ...
+
+imports everything once and forks the processes of one job after the other. What the processes return is written to
+FOLDER/JOB.RANK.pt, their exit statuses to FOLDER/JOB.json.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch import distributed as dist
+from torch import multiprocessing
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from hf_nvfp4 import Cast, NVFP4TrainingConfig, Recipe, quantize_model
+from hf_nvfp4.rounding import draw_seed
+from hf_nvfp4.runlog import SafeTrainer, publish_model
+
+SECONDS = 60  # that a job may take
+# Recipe nvfp4, everything rounded to nearest.
+NEAREST = Recipe(
+    "nearest",
+    fprop=(Cast(), Cast(square=True)),
+    dgrad=(Cast(), Cast(square=True)),
+    wgrad=(Cast(hadamard=16), Cast(hadamard=16)),
+)
+
+
+def llama(recipe=NEAREST):
+    """A Llama of 2 blocks in FP32, the same weights each time, converted."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    quantize_model(model, NVFP4TrainingConfig(recipe=recipe, keep_bf16_last=0))
+    return model
+
+
+def tokens(number: int, rows: int = 2) -> dict:
+    """A micro-batch by its number."""
+    ids = torch.randint(256, (rows, 32), generator=torch.Generator().manual_seed(number))
+    return {"input_ids": ids, "labels": ids}
+
+
+def whole(tensor):
+    """A tensor, gathered if it is sharded."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
+def weights(model) -> dict:
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def step(model, numbers, autocast=False) -> dict:
+    """Loss of each micro-batch, and the gradients of their mean over all micro-batches of this process."""
+    losses = []
+    for number in numbers:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**tokens(number)).loss
+        (loss / len(numbers)).backward()
+        losses.append(loss.item())
+    gradients = {name.removeprefix("module."): whole(p.grad).float() for name, p in model.named_parameters()}
+    return {"losses": losses, "gradients": gradients}
+
+
+# ---------------------------------------------------------------------------- one step
+
+
+def steps(rank: int, folder: Path) -> dict:
+    """A step in each layout. Micro-batch n is that of rank n % 2, so that one process can have them in order."""
+    folder, cpu = folder / "model", torch.device("cpu")
+    if rank == 0:
+        llama().save_pretrained(folder)
+    dist.barrier()
+
+    def native(**parallel):
+        config = DistributedConfig(**parallel)
+        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, dtype=torch.float32).train()
+
+    def checkpointed():
+        model = native(fsdp_size=2)
+        model.gradient_checkpointing_enable()
+        return model
+
+    def offloaded():
+        model = llama()
+        policy = CPUOffloadPolicy(pin_memory=False)  # there is nothing to pin it for
+        for block in (*model.model.layers, model):
+            fully_shard(block, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)), offload_policy=policy)
+        return model
+
+    return {
+        "ddp": step(DistributedDataParallel(llama()), [rank]),
+        "ddp, autocast": step(DistributedDataParallel(llama()), [rank], autocast=True),
+        "fsdp2": step(native(fsdp_size=2), [rank]),
+        "fsdp2, autocast": step(native(fsdp_size=2), [rank], autocast=True),
+        "fsdp2, two micro-batches": step(native(fsdp_size=2), [rank, 2 + rank]),
+        "fsdp2, checkpointing": step(checkpointed(), [rank]),
+        "fsdp2, bf16": step(native(fsdp_size=2, fsdp_mixed_precision=True), [rank]),
+        "fsdp2, offload": step(offloaded(), [rank]),
+        "seeds": [draw_seed(cpu, torch.Generator().manual_seed(3), by_rank) for by_rank in (True, False)],
+    }
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def accelerate_fsdp_on_cpu() -> None:
+    """Let Accelerate shard on the CPU: it does so where there are several accelerators only."""
+    init = AcceleratorState.__init__
+
+    def init_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init_fsdp
+
+
+class Tokens(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        return {key: ids[0] for key, ids in tokens(100 + i, rows=1).items()}
+
+
+FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+SHARDED = {
+    "fsdp": True,
+    "fsdp_config": {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": True},
+}
+
+
+def train(folder: Path, recipe=NEAREST, resume=None, callbacks=(), **arguments) -> SafeTrainer:
+    """Four steps of 4 sequences, a checkpoint at each second one. Not clipped: a norm is summed by shards."""
+    if "fsdp" in arguments:
+        arguments["fsdp_config"] = dict(arguments["fsdp_config"])  # TrainingArguments writes into it
+    given = TrainingArguments(
+        str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2 // int(os.environ["WORLD_SIZE"]),
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_steps=2,
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **arguments,
+    )
+    trainer = SafeTrainer(llama(recipe), given, train_dataset=Tokens(), callbacks=list(callbacks))
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return trainer
+
+
+def trained(trainer) -> dict:
+    """The losses that were logged, with all digits, and the weights."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "weights": weights(trainer.model)}
+
+
+def go_on(rank: int, folder: Path, resume: Path, **arguments) -> dict:
+    return trained(train(folder, resume=resume / "checkpoint-2", save_strategy="no", **arguments))
+
+
+def trained_twice(folder: Path, **arguments) -> list[dict]:
+    """The whole run with stochastic rounding, and its second half once more from the checkpoint."""
+    first = trained(train(folder, "nvfp4", **arguments))
+    second = trained(train(folder, "nvfp4", folder / "checkpoint-2", save_strategy="no", **arguments))
+    return [first, second]
+
+
+def train_ddp(rank: int, folder: Path) -> dict:
+    return {
+        "nearest": trained(train(folder / "ddp")),
+        "from one process": go_on(rank, folder / "ddp_1_to_2", folder / "one"),
+        "stochastic": trained_twice(folder / "ddp_nvfp4"),
+    }
+
+
+def train_fsdp2(rank: int, folder: Path) -> dict:
+    accelerate_fsdp_on_cpu()
+    sharded = train(folder / "sharded", **SHARDED)
+    publish_model(sharded, folder / "published")
+    return {
+        "sharded": trained(sharded),
+        "from one process": go_on(rank, folder / "sharded_1_to_2", folder / "sharded_one", **SHARDED),
+        "stochastic": trained_twice(folder / "fsdp2_nvfp4", **FSDP),
+        "bf16": trained(train(folder / "fsdp2_bf16", bf16=True, save_strategy="no", **FSDP)),
+    }
+
+
+def train_one(rank: int, folder: Path) -> dict:
+    """One process, which accumulates."""
+    return {"nearest": trained(train(folder / "one"))}
+
+
+def train_fsdp2_one(rank: int, folder: Path) -> dict:
+    """One process again, whose one shard is everything."""
+    accelerate_fsdp_on_cpu()
+    return {"sharded": trained(train(folder / "sharded_one", **SHARDED))}
+
+
+
+
+# ---------------------------------------------------------------------------- processes that die
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DieInBackward(TrainerCallback):
+    """In the middle of the fourth step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            next(model.parameters()).register_hook(lambda gradient: die())
+
+
+def killed_in_step(rank: int, folder: Path) -> None:
+    train(folder / "killed_in_step", callbacks=[DieInBackward()] if rank == 1 else [])
+
+
+def killed_in_save(rank: int, folder: Path) -> None:
+    """The process that writes, in the middle of a file."""
+    save = torch.save
+
+    def save_half(thing, path, *args, **kwargs):
+        save(thing, path, *args, **kwargs)
+        if rank == 0 and "checkpoint-4/optimizer" in str(path):
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+    torch.save = save_half
+    train(folder / "killed_in_save")
+
+
+def killed_in_sharded_save(rank: int, folder: Path) -> None:
+    """One of two processes that both write, when the weights are written and the optimizer's state is not."""
+    import transformers.trainer
+
+    accelerate_fsdp_on_cpu()
+    save = transformers.trainer.save_fsdp_optimizer
+
+    def save_or_die(plugin, accelerator, optimizer, model, output_dir):
+        if rank == 1 and "checkpoint-4" in output_dir:
+            die()
+        save(plugin, accelerator, optimizer, model, output_dir)
+
+    transformers.trainer.save_fsdp_optimizer = save_or_die
+    train(folder / "killed_in_sharded_save", **SHARDED)
+
+
+# ---------------------------------------------------------------------------- other numbers of processes
+
+
+def resume_one(rank: int, folder: Path) -> dict:
+    """Two processes' checkpoints, the last ones of those that died too."""
+    runs = ("ddp", "killed_in_step", "killed_in_save")
+    return {run: go_on(rank, folder / f"{run}_2_to_1", folder / run) for run in runs}
+
+
+def resume_fsdp2_one(rank: int, folder: Path) -> dict:
+    accelerate_fsdp_on_cpu()
+    runs = ("sharded", "killed_in_sharded_save")
+    return {run: go_on(rank, folder / f"{run}_2_to_1", folder / run, **SHARDED) for run in runs}
+
+
+# ---------------------------------------------------------------------------- the processes
+
+# How many each job has.
+JOBS = {
+    steps: 2,
+    train_one: 1,
+    train_fsdp2_one: 1,
+    train_ddp: 2,
+    train_fsdp2: 2,
+    killed_in_step: 2,
+    killed_in_save: 2,
+    killed_in_sharded_save: 2,
+    resume_one: 1,
+    resume_fsdp2_one: 1,
+}
+
+
+def process(job, rank: int, size: int, folder: Path) -> None:
+    sys.stdout = sys.stderr = open(folder / f"{job.__name__}.{rank}.log", "w", buffering=1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    store = dist.FileStore(str(folder / f"{job.__name__}.store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS))
+    try:
+        torch.save(job(rank, folder), folder / f"{job.__name__}.{rank}.pt")
+        dist.barrier()
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def run(job, folder: Path) -> list[int | None]:
+    """Exit statuses of a job's processes; None of one that did not end, and was killed."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=process, args=(job, r, JOBS[job], folder)) for r in range(JOBS[job])]
+    for p in processes:
+        p.start()
+    end = time.monotonic() + SECONDS
+    for p in processes:
+        p.join(max(0.0, end - time.monotonic()))
+    codes = [p.exitcode for p in processes]
+    for p in processes:
+        p.kill()
+    return codes
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    jobs = {job.__name__: job for job in JOBS}
+    for name in sys.argv[2:]:
+        began = time.monotonic()
+        codes = run(jobs[name], Path(sys.argv[1]))
+        Path(sys.argv[1], f"{name}.json").write_text(json.dumps(codes))
+        print(f"{name}: {codes}, {time.monotonic() - began:.1f} s", flush=True)
