@@ -20,12 +20,16 @@ def check_backend(name: str) -> None:
 def backend_name(name: str, recipe: Recipe, device: torch.device) -> str:
     """The backend that runs `recipe` on `device`: the named one, or the first that can for "auto".
 
+    A recipe that quantizes nothing runs on "bf16" then, whatever the GPU.
+
     Raises:
         ValueError: unknown name, or no backend fits; says what each one lacks.
     """
     check_backend(name)
     refusals = {}
     automatic = [candidate for candidate in BACKENDS if candidate not in BY_NAME_ONLY]
+    if all(operand.block_format.high_precision for gemm in recipe.gemms.values() for operand in gemm):
+        automatic = automatic[automatic.index("bf16") :]
     for candidate in automatic if name == "auto" else (name,):
         reason = BACKENDS[candidate].supports(recipe, device)
         if reason is None:

@@ -275,7 +275,7 @@ def scored(variant: Variant, precision: str) -> list[Scores]:
 
 
 def score_tables(variants: list[Variant], precision: str) -> str:
-    """Task scores in one precision; with one seed each also paired differences to the first variant."""
+    """Task scores in one precision; with one seed each also paired differences to the first variant and to FP8's."""
     columns = {variant.label: found for variant in variants if (found := scored(variant, precision))}
     first, *others = columns.values()
     rows = []
@@ -289,9 +289,14 @@ def score_tables(variants: list[Variant], precision: str) -> str:
         markdown_table(["task", "metric", *columns], rows),
     ]
     parts.append("\n".join(dict.fromkeys(precision_lines(everything))))
-    if others and all(len(found) == 1 for found in columns.values()):
-        parts.append(f"Differences to {next(iter(columns))} on the same items, ± the paired standard error:")
-        parts.append(paired_table(everything))
+    if others and not several:
+        bases = [base_of(variants, recipe) for recipe in BASES]
+        for label in dict.fromkeys([next(iter(columns)), *(base.label for base in bases if base is not None)]):
+            if label not in columns:
+                continue
+            parts.append(f"Differences to {label} on the same items, ± the paired standard error; 1.96 of it is 95%:")
+            base = columns[label][0]
+            parts.append(paired_table([base, *(s for s in everything if s is not base)]))
     return "\n\n".join(parts)
 
 

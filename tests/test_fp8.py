@@ -165,6 +165,7 @@ def test_auto_takes_the_fastest_exact_one(monkeypatch, capability, expected):
     for recipe in (HOPPER, HOPPER.per_token(), HOPPER.in_bf16("forward")):
         assert backend_name("auto", recipe, CUDA) == expected
         assert BACKENDS[expected].exactness(recipe).startswith("exact")
+    assert backend_name("auto", RECIPES["bf16"], CUDA) == "bf16"
     assert backend_name("auto", RECIPES["nvfp4"], CUDA) == ("fp4" if expected == "fp4" else "bf16")
     assert backend_name("auto", RECIPES["fp8_tensor"], CUDA) == ("bf16" if expected == "bf16" else "fp8")
     assert backend_name("auto", RECIPES["fp8"], CUDA) == ("fp8" if capability == (9, 0) else "bf16")

@@ -240,6 +240,16 @@ def test_scores_with_errors_and_paired_differences(tmp_path):
     assert "| -0.20 ± 0.13 (1.5 σ) |" in table
 
 
+def test_scores_are_also_compared_with_fp8(tmp_path):
+    runs = [make_run(tmp_path / name, name) for name in ("bf16", "nvfp4", "fp8")]
+    for run, items in zip(runs, ([1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]), strict=True):
+        make_scores(run, items)
+    table = report.score_tables(report.read_variants(runs), "as-trained")
+    to_bf16, to_fp8 = table.split("Differences to ")[1:]
+    assert to_bf16.startswith("bf16") and "-0.50 ± 0.29" in to_bf16
+    assert to_fp8.startswith("fp8") and "-0.25 ± 0.25" in to_fp8 and "nvfp4 − fp8" in to_fp8
+
+
 def test_each_table_says_in_which_precision_it_was_taken(tmp_path):
     run = make_run(tmp_path / "nvfp4", "nvfp4")
     for precision in ("as-trained", "bf16"):
