@@ -68,7 +68,7 @@ def test_another_tiling_gives_the_same(device):
     tensors, weight = packed(20, 272, device)
     x = torch.randn(10, 272, device=device)
     with cases.poisoned():
-        assert_close(ops.w4a16(x, *tensors, None, kernel.Tiles(warps=2, tiles=2, tokens=2, depth=3)), x, weight)
+        assert_close(ops.w4a16(x, *tensors, None, kernel.Tiles(warps=2, tiles=2, tokens=2, depth=3, wide=1)), x, weight)
 
 
 def test_every_code_and_scale_decodes(device):

@@ -12,7 +12,7 @@ from .launch import OPTIONS, tile_for, tile_for_values
 from .rotate import NUM_WARPS, NUM_WARPS_TRANSPOSED, constants, rotate_kernel, rotate_transposed_kernel
 from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Plan, Spec, plan
 from .variants import Variant
-from .w4a16 import fit, tiles_for, w4a16_kernel
+from .w4a16 import Tiles, fit, tiles_for, w4a16_kernel
 
 _NVFP4 = Spec()
 _SR = Spec(rounding="stochastic")
@@ -124,14 +124,15 @@ def _rotate(size: int, drawn: bool = False, transposed: bool = False) -> Variant
     return Variant(name, kernel, types, constexprs, options, integers)
 
 
-def _w4a16(name: str, m: int, n: int, k: int, native: bool = True) -> Variant:
+def _w4a16(name: str, m: int, n: int, k: int, native: bool = True, tiles: Tiles | None = None) -> Variant:
     """The product of x [m, k] and a packed weight [n, k]; native: where E4M3 is a type of the device's."""
-    tiles = tiles_for(m, n, k)
+    tiles = tiles or tiles_for(m, n, k)
     types = {"x_ptr": "*i32", "codes_ptr": "*i32", "scales_ptr": "*u8", "outer_ptr": "*fp32", "y_ptr": "*bf16"}
     types |= {"N": "i32", "K": "i32"} | ({"M": "i32"} if m > 1 else {})
     constexprs = {"WARPS": tiles.warps, "TILES": tiles.tiles, "TOKENS": tiles.tokens, "DEPTH": tiles.depth}
-    constexprs |= {"FIT": fit(k, tiles.warps), "FP8": native, "bias_ptr": None} | ({} if m > 1 else {"M": 1})
-    arch = {"min_arch": 89} if native else {"max_arch": 86}
+    constexprs |= {"WIDE": tiles.wide, "FIT": fit(k, tiles), "FP8": native, "PDL": native, "bias_ptr": None}
+    constexprs |= {} if m > 1 else {"M": 1}
+    arch = {"min_arch": 90} if native else {"max_arch": 86}
     instruction = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32"
     expect = {arch: instruction for arch in (80, 89, 90, 100, 120)}
     options = {"num_warps": tiles.warps, **OPTIONS}

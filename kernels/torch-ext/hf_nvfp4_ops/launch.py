@@ -97,8 +97,13 @@ class Launcher:
         self.kernel = kernel
         self.compiled = {}
 
-    def __call__(self, programs: int, tensors: tuple, integers: tuple, constants: tuple, num_warps: int) -> None:
-        """Run `programs` of it on the current GPU. constants: plans, which are never freed, and plain values."""
+    def __call__(
+        self, programs: int, tensors: tuple, integers: tuple, constants: tuple, num_warps: int, pdl: bool = False
+    ) -> None:
+        """Run `programs` of it on the current GPU. constants: plans, which are never freed, and plain values.
+
+        pdl: it may start while the kernel in front still runs, and waits for it itself (sm_90 and later).
+        """
         arguments = (*tensors, *integers, *constants)
         if INTERPRETED:
             self.kernel[(programs,)](*arguments)
@@ -111,6 +116,7 @@ class Launcher:
         )
         compiled = self.compiled.get(key)
         if compiled is None:
-            self.compiled[key] = self.kernel[(programs,)](*arguments, num_warps=num_warps, **OPTIONS)
+            options = {"num_warps": num_warps, **OPTIONS, **({"launch_pdl": True} if pdl else {})}
+            self.compiled[key] = self.kernel[(programs,)](*arguments, **options)
         else:
             compiled[(programs, 1, 1)](*arguments)

@@ -30,7 +30,7 @@ from .rotate import (
     rotate_transposed_kernel,
 )
 from .spec import CODES_ACROSS, CODES_SWIZZLED, FP8, NAMESPACE, NOTHING, VALUES, Plan, Spec, plan
-from .w4a16 import LARGEST_CHUNK, LARGEST_M, Tiles, fit, has_fp8, tiles_for, w4a16_kernel
+from .w4a16 import LARGEST_CHUNK, LARGEST_M, Tiles, abilities, fit, tiles_for, w4a16_kernel
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AMAX, _CAST, _DEQUANTIZE, _FACTORS = map(Launcher, (amax_kernel, cast_kernel, dequantize_kernel, factors_kernel))
@@ -393,12 +393,13 @@ def w4a16(
     if not k:
         return out.zero_() if bias is None else out.copy_(bias)
     if out.numel():
-        values = values.clone() if values.storage_offset() % 2 or values.data_ptr() % 4 else values
+        values = values.clone() if values.storage_offset() % 2 or values.data_ptr() % 16 else values
         tiles = tiles_for(m, n, k) if tiles is None else Tiles(*tiles)
         with on(x.device):
             tensors = (values.view(torch.int32), codes.view(torch.int32), scales, outer, bias, out)
-            constants = (*tiles, fit(k, tiles.warps), has_fp8(x.device))
-            _W4A16(tiles.programs(m, n), tensors, (m, n, k), constants, tiles.warps)
+            fp8, pdl = abilities(x.device)
+            constants = (*tiles, fit(k, tiles), fp8, pdl)
+            _W4A16(tiles.programs(m, n), tensors, (m, n, k), constants, tiles.warps, pdl)
     return out
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .launch import INTERPRETED as ON_CPU
 from .numerics import INTERPRETED, as_float, as_int, to_bf16, to_fp32
@@ -25,6 +26,18 @@ SCALE_FACTOR = tl.constexpr(2.0**119)  # twice: E4M3's bits at the low end of FP
 REST = tl.constexpr(2.0**8)
 MMA = tl.constexpr(
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
+)
+FETCH = tl.constexpr(
+    "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.u32 $0, t;"
+    " @p cp.async.bulk.prefetch.L2.global [$1], $2; }"
+)
+# Of 16 bytes where $5 is not 0.
+LOAD = tl.constexpr(
+    "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.v4.b32 {$0,$1,$2,$3}, [$4]; }"
+)
+ZEROED_LOAD = tl.constexpr(
+    "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+    "@p ld.global.v4.b32 {$0,$1,$2,$3}, [$4]; }"
 )
 
 
@@ -83,7 +96,10 @@ def _pairs(word):
 
 @triton.jit
 def _scales(code, FP8: tl.constexpr):
-    """E4M3 bytes [C, 2] -> two equal BF16 a word: the scale times 2^118. FP8: whether the device has such a type."""
+    """E4M3 bytes [C, 2 or 4] -> two equal BF16 a word, for each: the scale times 2^118.
+
+    FP8: whether the device has such a type.
+    """
     if FP8:
         value = code.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32) * (SCALE_FACTOR * 0.5)
     else:
@@ -91,8 +107,14 @@ def _scales(code, FP8: tl.constexpr):
         bits = (code & 0x80) << 24 | (code & 0x7F) << 20
         value = as_float(bits) * SCALE_FACTOR * SCALE_FACTOR
         value = tl.where((code & 0x7F) == 0x7F, float("nan"), value)
-    low, high = tl.split(value)
-    return _high_halves(as_int(low), as_int(low)), _high_halves(as_int(high), as_int(high))
+    if code.shape[1] == 4:
+        values = _four(value)
+    else:
+        values = tl.split(value)
+    pairs = ()
+    for i in tl.static_range(len(values)):
+        pairs = pairs + (_high_halves(as_int(values[i]), as_int(values[i])),)
+    return pairs
 
 
 @triton.jit
@@ -149,52 +171,69 @@ def _four(v):
 
 
 @triton.jit
-def _read(ptr, rows, pitch, chunk, there, EACH: tl.constexpr, FIT: tl.constexpr):
-    """[C, EACH]: the chunk'th EACH elements of rows [C] that are `pitch` apart; zeros behind a row's last.
-
-    there: [C] which to read, else zeros; None: all.
-    """
+def _read(ptr, rows, pitch, chunk, EACH: tl.constexpr, FIT: tl.constexpr):
+    """[C, EACH]: the chunk'th EACH elements of rows [C] that are `pitch` apart; zeros behind a row's last."""
     columns = chunk[:, None] * EACH + tl.arange(0, EACH)[None, :]
     at = ptr + (rows.to(tl.int64) * pitch)[:, None] + columns
     if FIT == 0:
-        inside = columns < pitch
-        return tl.load(at, inside if there is None else inside & there[:, None], 0)
-    elif there is None:
-        return tl.load(at)
+        return tl.load(at, columns < pitch, 0)
     else:
-        return tl.load(at, tl.broadcast_to(there[:, None], at.shape), 0)
+        return tl.load(at)
 
 
 @triton.jit
 def _pitch(K, EACH: tl.constexpr, FIT: tl.constexpr):
-    """Elements in a row of which a chunk of 32 columns has EACH; by whole chunks, so that it is known to be aligned."""
+    """Elements in a row of which 32 columns are EACH; by whole chunks, so that it is known to be aligned."""
     return K // 32 * EACH if FIT else K // 16 * EACH // 2
 
 
 @triton.jit
-def _weight(codes_ptr, scales_ptr, first_row, lane, chunk, N, K, TILES: tl.constexpr, FIT: tl.constexpr):
-    """What threads read of their rows at their chunks of 32 columns: words [C, 4] and scales [C, 2] of each row.
-
-    Behind the last row and the last chunk, those once more.
+def _weight(codes_ptr, scales_ptr, first_row, lane, chunk, N, K, TILES: tl.constexpr, WIDE: tl.constexpr,
+            FIT: tl.constexpr):  # fmt: skip
+    """What threads read of their rows at their chunks of 32 · WIDE columns: WIDE times words [C, 4], and scales
+    [C, 2 · WIDE], of each row. Behind the last row and the last chunk, those once more.
     """
     words, scales = (), ()
-    chunk = tl.minimum(chunk, tl.cdiv(K, 32) - 1)
+    chunk = tl.minimum(chunk, tl.cdiv(K, 32 * WIDE) - 1)
     for i in tl.static_range(2 * TILES):
         row = tl.minimum(first_row + 8 * i + lane // 4, N - 1)
-        words = words + (_read(codes_ptr, row, _pitch(K, 4, FIT), chunk, None, 4, FIT),)
-        scales = scales + (_read(scales_ptr, row, _pitch(K, 2, FIT), chunk, None, 2, FIT),)
+        for j in tl.static_range(WIDE):
+            words = words + (_read(codes_ptr, row, _pitch(K, 4, FIT), chunk * WIDE + j, 4, FIT),)
+        scales = scales + (_read(scales_ptr, row, _pitch(K, 2, FIT), chunk, 2 * WIDE, FIT),)
     return words, scales
 
 
 @triton.jit
-def _tokens(x_ptr, token, chunk, M, K, PART: tl.constexpr, FIT: tl.constexpr):
-    """x of a thread's token at the eight columns of word PART of its chunk, in the order of `_pairs`: four words [C].
+def _four_words(ptr, there, ZEROS: tl.constexpr):
+    """The four words [C] from ptr [C] on, at 16 bytes; where they are not there, zeros if ZEROS, else anything."""
+    if INTERPRETED:
+        at = ptr[:, None] + tl.arange(0, 4)[None, :]
+        return _four(tl.load(at, tl.broadcast_to(there[:, None], at.shape), 0))
+    else:
+        return tl.inline_asm_elementwise(
+            ZEROED_LOAD if ZEROS else LOAD, "=&r,=&r,=&r,=&r,l,r" if ZEROS else "=r,=r,=r,=r,l,r",
+            (ptr.to(tl.int64), there.to(tl.int32)), (tl.int32, tl.int32, tl.int32, tl.int32), False, 1,
+        )  # fmt: skip
 
-    Zeros behind the last chunk: what the weight has there does not count.
+
+@triton.jit
+def _tokens(x_ptr, token, chunk, M, K, WIDE: tl.constexpr, FIT: tl.constexpr):
+    """x of a thread's token at its chunk, eight columns after eight, in the order of `_pairs`: four words [C] each.
+
+    Zeros behind the last column: what the weight has there does not count. Anything for tokens that there are not.
     """
-    there = None if FIT == 2 else chunk < tl.cdiv(K, 32)
-    token = tl.minimum(token, M - 1)
-    x01, x23, x45, x67 = _four(_read(x_ptr, token, _pitch(K, 16, FIT), chunk * 4 + PART, there, 4, FIT))
+    words, row = (), x_ptr + token.to(tl.int64) * (K // 2)
+    for part in tl.static_range(4 * WIDE):
+        column = chunk * (32 * WIDE) + 8 * part
+        there = token < M if FIT == 2 else (token < M) & (column < K)
+        words = words + (_four_words(row + column // 2, there, FIT < 2),)
+    return words
+
+
+@triton.jit
+def _in_order(words):
+    """Eight columns of x, two a word, in the order of `_pairs`."""
+    x01, x23, x45, x67 = words
     return _low_halves(x01, x45), _high_halves(x01, x45), _low_halves(x23, x67), _high_halves(x23, x67)
 
 
@@ -216,17 +255,37 @@ def _add_word(sums, low, high, low_scale, high_scale, x, AT: tl.constexpr, TOKEN
 
 
 @triton.jit
+def _fetch(ptr, start, count):
+    """Brings count bytes from byte `start` on into L2, in whole 16s; one thread asks, nobody waits."""
+    at = ptr.to(tl.int64) + start & -16
+    tl.inline_asm_elementwise(FETCH, "=r,l,r", (at, count & -16), tl.int32, False, 1)
+
+
+@triton.jit
+def _stay():
+    """Loads above are issued above: compilers move those of later steps down to where they are used."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; // $0", "=r", [], tl.int32, False, 1)
+
+
+@triton.jit
 def w4a16_kernel(x_ptr, codes_ptr, scales_ptr, outer_ptr, bias_ptr, y_ptr, M, N, K, WARPS: tl.constexpr,
-                 TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, FIT: tl.constexpr,
-                 FP8: tl.constexpr):  # fmt: skip
+                 TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
+                 FIT: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y [M, N] = x @ weight.T · outer + bias, for 16 · TILES rows of the weight and 8 · TOKENS of x.
 
-    x: BF16 [M, K], two a word; codes: [N, K / 8] words; scales: E4M3 bytes [N, K / 16]; outer: FP32; bias: [N] or None.
-    WARPS: those of a program. DEPTH: steps that the weight is read ahead. FIT: 2 if K is a multiple of 128 · WARPS, 1
-    if of 32, 0 if of 16. FP8: as `_scales`.
+    x: BF16 [M, K], two a word, 16-byte aligned; codes: [N, K / 8] words; scales: E4M3 bytes [N, K / 16]; outer: FP32;
+    bias: [N] or None. WARPS: those of a program. DEPTH: steps that the weight is read ahead. WIDE: times 32 columns
+    that a thread has at a time. FIT: as `fit`. FP8: as `_scales`. PDL: launched while the kernel in front still runs;
+    the weight is read without waiting for it.
     """
     blocks = tl.cdiv(M, 8 * TOKENS)
     first_row, first_token = tl.program_id(0) // blocks * (16 * TILES), tl.program_id(0) % blocks * (8 * TOKENS)
+    if PDL:
+        gdc_launch_dependents()
+        rows = tl.minimum(16 * TILES, N - first_row)
+        _fetch(codes_ptr, first_row.to(tl.int64) * (K // 2), rows * (K // 2))
+        _fetch(scales_ptr, first_row.to(tl.int64) * (K // 16), rows * (K // 16))
     # A tensor has one element for each thread, in their order: `_mma` needs them so.
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
@@ -238,23 +297,30 @@ def w4a16_kernel(x_ptr, codes_ptr, scales_ptr, outer_ptr, bias_ptr, y_ptr, M, N,
     held = ()
     for i in tl.static_range(DEPTH):
         later = chunk + i * 4 * WARPS
-        held = held + (_weight(codes_ptr, scales_ptr, first_row, lane, later, N, K, TILES, FIT),)
-    for _ in range(tl.cdiv(K, 128 * WARPS)):
-        # What the DEPTH'th step from now needs is under way while this one computes.
-        later = chunk + DEPTH * 4 * WARPS
-        held = held + (_weight(codes_ptr, scales_ptr, first_row, lane, later, N, K, TILES, FIT),)
-        words, scales = held[0]
-        for part in tl.static_range(4):
+        held = held + (_weight(codes_ptr, scales_ptr, first_row, lane, later, N, K, TILES, WIDE, FIT),)
+    if PDL:
+        gdc_wait()
+    for _ in range(tl.cdiv(K, 128 * WIDE * WARPS * DEPTH)):
+        # DEPTH steps, each of which leaves its place to what the DEPTH'th from it needs.
+        for _ in tl.static_range(DEPTH):
             x = ()
             for i in tl.static_range(TOKENS):
-                x = x + (_tokens(x_ptr, first_token + 8 * i + lane // 4, chunk, M, K, part, FIT),)
-            for i in tl.static_range(TILES):
-                low, high = _four(words[2 * i])[part], _four(words[2 * i + 1])[part]
-                low_scale = _scales(scales[2 * i], FP8)[part // 2]
-                high_scale = _scales(scales[2 * i + 1], FP8)[part // 2]
-                sums = _add_word(sums, low, high, low_scale, high_scale, x, i * TOKENS, TOKENS, WARPS)
-        chunk += 4 * WARPS
-        held = held[1:]
+                x = x + (_tokens(x_ptr, first_token + 8 * i + lane // 4, chunk, M, K, WIDE, FIT),)
+            words, scales = held[0]
+            for part in tl.static_range(4 * WIDE):
+                ordered = ()
+                for i in tl.static_range(TOKENS):
+                    ordered = ordered + (_in_order(x[i][part]),)
+                for i in tl.static_range(TILES):
+                    low = _four(words[2 * i * WIDE + part // 4])[part % 4]
+                    high = _four(words[(2 * i + 1) * WIDE + part // 4])[part % 4]
+                    low_scale = _scales(scales[2 * i], FP8)[part // 2]
+                    high_scale = _scales(scales[2 * i + 1], FP8)[part // 2]
+                    sums = _add_word(sums, low, high, low_scale, high_scale, ordered, i * TOKENS, TOKENS, WARPS)
+            later = chunk + DEPTH * 4 * WARPS
+            held = held[1:] + (_weight(codes_ptr, scales_ptr, first_row, lane, later, N, K, TILES, WIDE, FIT),)
+            _stay()
+            chunk += 4 * WARPS
 
     factor = tl.load(outer_ptr)
     lane = tl.arange(0, 32)[:, None, None]
@@ -274,19 +340,25 @@ def w4a16_kernel(x_ptr, codes_ptr, scales_ptr, outer_ptr, bias_ptr, y_ptr, M, N,
 class Tiles(NamedTuple):
     """How a product is divided.
 
-    warps: of a program; they take turns along K, 128 columns each. tiles: of 16 rows of the weight, a program.
-    tokens: tiles of 8 rows of x. depth: steps that the weight is read ahead: a thread has 36 · tiles · depth bytes of
-    it under way.
+    warps: of a program; they take turns along K, 128 · wide columns each. tiles: of 16 rows of the weight, a program.
+    tokens: tiles of 8 rows of x. depth: steps that the weight is read ahead. wide: times 32 columns that a thread has
+    at a time, 1 or 2: it has 36 · wide · tiles · depth bytes of the weight under way.
     """
 
     warps: int
     tiles: int
     tokens: int
     depth: int
+    wide: int
 
     def programs(self, m: int, n: int) -> int:
         """Those of x [m, k] and a weight [n, k]."""
         return -(-n // (16 * self.tiles)) * -(-m // (8 * self.tokens))
+
+    @property
+    def columns(self) -> int:
+        """That a program reads between two steps of its loop."""
+        return 128 * self.wide * self.warps * self.depth
 
 
 # More rows of x go to cuBLAS, and then so many elements of the weight at a time are BF16. Timed up to 16.
@@ -295,18 +367,22 @@ LARGEST_M, LARGEST_CHUNK = 16, 2**27
 
 def tiles_for(m: int, n: int, k: int) -> Tiles:
     """The tiles for x [m, k] and a weight [n, k]. Few rows: more warps share them, so that all processors have some."""
+    wide = 2 if m <= 8 and n < 8192 and k % 64 == 0 else 1
     warps = 8 if n < 8192 else 4
-    while warps > 1 and k < 128 * warps:
+    while warps > 1 and k < 128 * wide * warps:
         warps //= 2
-    return Tiles(warps, 1, 1 if m <= 8 else 2 if m <= 16 else 4, 2)
+    return Tiles(warps, 1, 1 if m <= 8 else 2 if m <= 16 else 4, 1 if wide == 2 or m > 8 else 2, wide)
 
 
-def fit(k: int, warps: int) -> int:
-    """How rows of k columns are made of threads' chunks: the kernel's FIT."""
-    return 2 if k % (128 * warps) == 0 else 1 if k % 32 == 0 else 0
+def fit(k: int, tiles: Tiles) -> int:
+    """How rows of k columns are made of threads' chunks: the kernel's FIT. 2: of whole steps, 1: of chunks, 0: of 16."""
+    return 2 if k % tiles.columns == 0 else 1 if k % (32 * tiles.wide) == 0 else 0
 
 
 @functools.cache
-def has_fp8(device: torch.device) -> bool:
-    """Whether kernels on a device have E4M3 as a type."""
-    return device.type == "cuda" and not ON_CPU and torch.cuda.get_device_capability(device) >= (8, 9)
+def abilities(device: torch.device) -> tuple[bool, bool]:
+    """Whether kernels on a device have E4M3 as a type, and may start before the one in front of them has ended."""
+    if device.type != "cuda" or ON_CPU:
+        return False, False
+    capability = torch.cuda.get_device_capability(device)
+    return capability >= (8, 9), capability >= (9, 0)
