@@ -182,9 +182,9 @@ def _read(ptr, rows, pitch, chunk, EACH: tl.constexpr, FIT: tl.constexpr):
 
 
 @triton.jit
-def _pitch(K, EACH: tl.constexpr, FIT: tl.constexpr):
-    """Elements in a row of which 32 columns are EACH; by whole chunks, so that it is known to be aligned."""
-    return K // 32 * EACH if FIT else K // 16 * EACH // 2
+def _pitch(K, EACH: tl.constexpr, WIDE: tl.constexpr, FIT: tl.constexpr):
+    """Elements in a row of which 32 · WIDE columns are EACH; by whole chunks, so that it is known to be aligned."""
+    return K // (32 * WIDE) * EACH if FIT else K // 16 * EACH // (2 * WIDE)
 
 
 @triton.jit
@@ -198,8 +198,8 @@ def _weight(codes_ptr, scales_ptr, first_row, lane, chunk, N, K, TILES: tl.const
     for i in tl.static_range(2 * TILES):
         row = tl.minimum(first_row + 8 * i + lane // 4, N - 1)
         for j in tl.static_range(WIDE):
-            words = words + (_read(codes_ptr, row, _pitch(K, 4, FIT), chunk * WIDE + j, 4, FIT),)
-        scales = scales + (_read(scales_ptr, row, _pitch(K, 2, FIT), chunk, 2 * WIDE, FIT),)
+            words = words + (_read(codes_ptr, row, _pitch(K, 4 * WIDE, WIDE, FIT), chunk * WIDE + j, 4, FIT),)
+        scales = scales + (_read(scales_ptr, row, _pitch(K, 2 * WIDE, WIDE, FIT), chunk, 2 * WIDE, FIT),)
     return words, scales
 
 
@@ -283,9 +283,6 @@ def w4a16_kernel(x_ptr, codes_ptr, scales_ptr, outer_ptr, bias_ptr, y_ptr, M, N,
     first_row, first_token = tl.program_id(0) // blocks * (16 * TILES), tl.program_id(0) % blocks * (8 * TOKENS)
     if PDL:
         gdc_launch_dependents()
-        rows = tl.minimum(16 * TILES, N - first_row)
-        _fetch(codes_ptr, first_row.to(tl.int64) * (K // 2), rows * (K // 2))
-        _fetch(scales_ptr, first_row.to(tl.int64) * (K // 16), rows * (K // 16))
     # A tensor has one element for each thread, in their order: `_mma` needs them so.
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
@@ -294,33 +291,24 @@ def w4a16_kernel(x_ptr, codes_ptr, scales_ptr, outer_ptr, bias_ptr, y_ptr, M, N,
     sums = ()
     for _ in tl.static_range(TILES * TOKENS):
         sums = sums + ((zeros, zeros, zeros, zeros),)
-    held = ()
-    for i in tl.static_range(DEPTH):
-        later = chunk + i * 4 * WARPS
-        held = held + (_weight(codes_ptr, scales_ptr, first_row, lane, later, N, K, TILES, WIDE, FIT),)
-    if PDL:
-        gdc_wait()
-    for _ in range(tl.cdiv(K, 128 * WIDE * WARPS * DEPTH)):
-        # DEPTH steps, each of which leaves its place to what the DEPTH'th from it needs.
-        for _ in tl.static_range(DEPTH):
-            x = ()
+    for _ in tl.range(tl.cdiv(K, 128 * WIDE * WARPS), num_stages=DEPTH):
+        words, scales = _weight(codes_ptr, scales_ptr, first_row, lane, chunk, N, K, TILES, WIDE, FIT)
+        if PDL:
+            gdc_wait()
+        x = ()
+        for i in tl.static_range(TOKENS):
+            x = x + (_tokens(x_ptr, first_token + 8 * i + lane // 4, chunk, M, K, WIDE, FIT),)
+        for part in tl.static_range(4 * WIDE):
+            ordered = ()
             for i in tl.static_range(TOKENS):
-                x = x + (_tokens(x_ptr, first_token + 8 * i + lane // 4, chunk, M, K, WIDE, FIT),)
-            words, scales = held[0]
-            for part in tl.static_range(4 * WIDE):
-                ordered = ()
-                for i in tl.static_range(TOKENS):
-                    ordered = ordered + (_in_order(x[i][part]),)
-                for i in tl.static_range(TILES):
-                    low = _four(words[2 * i * WIDE + part // 4])[part % 4]
-                    high = _four(words[(2 * i + 1) * WIDE + part // 4])[part % 4]
-                    low_scale = _scales(scales[2 * i], FP8)[part // 2]
-                    high_scale = _scales(scales[2 * i + 1], FP8)[part // 2]
-                    sums = _add_word(sums, low, high, low_scale, high_scale, ordered, i * TOKENS, TOKENS, WARPS)
-            later = chunk + DEPTH * 4 * WARPS
-            held = held[1:] + (_weight(codes_ptr, scales_ptr, first_row, lane, later, N, K, TILES, WIDE, FIT),)
-            _stay()
-            chunk += 4 * WARPS
+                ordered = ordered + (_in_order(x[i][part]),)
+            for i in tl.static_range(TILES):
+                low = _four(words[2 * i * WIDE + part // 4])[part % 4]
+                high = _four(words[(2 * i + 1) * WIDE + part // 4])[part % 4]
+                low_scale = _scales(scales[2 * i], FP8)[part // 2]
+                high_scale = _scales(scales[2 * i + 1], FP8)[part // 2]
+                sums = _add_word(sums, low, high, low_scale, high_scale, ordered, i * TOKENS, TOKENS, WARPS)
+        chunk += 4 * WARPS
 
     factor = tl.load(outer_ptr)
     lane = tl.arange(0, 32)[:, None, None]
@@ -357,8 +345,8 @@ class Tiles(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """That a program reads between two steps of its loop."""
-        return 128 * self.wide * self.warps * self.depth
+        """Of a step."""
+        return 128 * self.wide * self.warps
 
 
 # More rows of x go to cuBLAS, and then so many elements of the weight at a time are BF16. Timed up to 16.
