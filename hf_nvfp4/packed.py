@@ -32,7 +32,7 @@ class PackedLinear(nn.Module):
     scalar. A weight is (code × scale) × tensor_scale.
 
     Activations are rounded to BF16, products added in FP32 and rounded once: by Triton kernels where those run (see
-    `runs_kernel`), else in plain PyTorch. Of up to 16 tokens a kernel decodes the weight in registers; for more it is
+    `runs_kernel`), else in plain PyTorch. Of up to 64 tokens a kernel decodes the weight in registers; for more it is
     dequantized at each call, for cuBLAS (plain PyTorch does that always, part by part).
 
     Args:

@@ -8,7 +8,7 @@
     python scripts/bench.py --model Qwen/Qwen3-0.6B --recipes nvfp4_hopper --compile
     python scripts/bench.py --model 8b --layers 5 --keep_bf16_last 0 --compile --torchao tensorwise rowwise
     # Inference with a packed weight (W4A16) beside F.linear in BF16, with other tiles of the kernel too
-    python scripts/bench.py inference --batches 1 4 16 --tiles 8x1x1x2 4x2x1x1
+    python scripts/bench.py inference --batches 1 4 16 --tiles 8x1x1x2x1 4x2x1x1x1
     python scripts/bench.py decode --model 8b --compile --batches 1  # tokens/s of a whole model, packed and in BF16
 
 Each variant is first compared with backend `reference`, at the shape that is timed; one that computes something
@@ -134,10 +134,11 @@ def add_inference_options(add) -> None:
     add(
         "--tiles",
         nargs="+",
-        type=shape_of(4),
+        type=shape_of(5),
         default=[],
-        metavar="WxTxOxD",
-        help="of the kernel, besides its own choice: warps, tiles of 16 rows, of 8 tokens, steps read ahead",
+        metavar="WxTxOxDxC",
+        help="of the kernel, besides its own choice: warps, tiles of 16 rows, of 8 tokens, steps read ahead, times 32 "
+        "columns a thread",
     )
 
 

@@ -64,11 +64,34 @@ def test_the_product_is_that_of_the_dequantized_weight(device, m, n, k, dtype, b
     assert_close(y, x, weight, bias)
 
 
-def test_another_tiling_gives_the_same(device):
-    tensors, weight = packed(20, 272, device)
-    x = torch.randn(10, 272, device=device)
+@pytest.mark.parametrize("k", [272, 288, 320, 512])  # of 16, of a thread's 32 and 64 columns, of whole turns
+@pytest.mark.parametrize("tiles", [kernel.Tiles(2, 2, 2, 3, 1), kernel.Tiles(2, 1, 1, 2, 2)])
+def test_another_tiling_gives_the_same(device, tiles, k):
+    tensors, weight = packed(20, k, device)
+    x = torch.randn(10, k, device=device)
     with cases.poisoned():
-        assert_close(ops.w4a16(x, *tensors, None, kernel.Tiles(warps=2, tiles=2, tokens=2, depth=3, wide=1)), x, weight)
+        assert_close(ops.w4a16(x, *tensors, None, tiles), x, weight)
+
+
+def test_tiles_fit_the_weight():
+    for k in (16, 32, 48, 64, 272, 1024, 4096, 14336):
+        for n in (16, 1024, 4096, 14336):
+            for m in (1, 8, 9, 16, 17, 64):
+                tiles = kernel.tiles_for(m, n, k)
+                assert tiles.columns <= max(k, 128) and (tiles.wide == 1 or k % 64 == 0), (m, n, k, tiles)
+
+
+def test_what_follows_reads_finished_outputs(device):
+    """Kernels that start before the one in front has ended, each on that one's output."""
+    if device.type != "cuda" or cases.INTERPRETED:
+        pytest.skip("needs a GPU")
+    tensors, _ = packed(4096, 4096, device)
+    outputs = [torch.randn(1, 4096, device=device, dtype=torch.bfloat16)]
+    for _ in range(20):
+        outputs.append(ops.w4a16(outputs[-1], *tensors, None))
+    for x, y in zip(outputs, outputs[1:], strict=False):
+        torch.cuda.synchronize()
+        assert y.isfinite().all() and ops.w4a16(x, *tensors, None).equal(y)
 
 
 def test_every_code_and_scale_decodes(device):

@@ -12,7 +12,7 @@ from .launch import OPTIONS, tile_for, tile_for_values
 from .rotate import NUM_WARPS, NUM_WARPS_TRANSPOSED, constants, rotate_kernel, rotate_transposed_kernel
 from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Plan, Spec, plan
 from .variants import Variant
-from .w4a16 import Tiles, fit, tiles_for, w4a16_kernel
+from .w4a16 import fit, tiles_for, w4a16_kernel
 
 _NVFP4 = Spec()
 _SR = Spec(rounding="stochastic")
@@ -124,15 +124,15 @@ def _rotate(size: int, drawn: bool = False, transposed: bool = False) -> Variant
     return Variant(name, kernel, types, constexprs, options, integers)
 
 
-def _w4a16(name: str, m: int, n: int, k: int, native: bool = True, tiles: Tiles | None = None) -> Variant:
-    """The product of x [m, k] and a packed weight [n, k]; native: where E4M3 is a type of the device's."""
-    tiles = tiles or tiles_for(m, n, k)
+def _w4a16(name: str, m: int, n: int, k: int, fp8: bool = True, pdl: bool = True) -> Variant:
+    """The product of x [m, k] and a packed weight [n, k]; fp8, pdl: where `abilities` says so."""
+    tiles = tiles_for(m, n, k)
     types = {"x_ptr": "*i32", "codes_ptr": "*i32", "scales_ptr": "*u8", "outer_ptr": "*fp32", "y_ptr": "*bf16"}
     types |= {"N": "i32", "K": "i32"} | ({"M": "i32"} if m > 1 else {})
     constexprs = {"WARPS": tiles.warps, "TILES": tiles.tiles, "TOKENS": tiles.tokens, "DEPTH": tiles.depth}
-    constexprs |= {"WIDE": tiles.wide, "FIT": fit(k, tiles), "FP8": native, "PDL": native, "bias_ptr": None}
+    constexprs |= {"WIDE": tiles.wide, "FIT": fit(k, tiles), "FP8": fp8, "PDL": pdl, "bias_ptr": None}
     constexprs |= {} if m > 1 else {"M": 1}
-    arch = {"min_arch": 90} if native else {"max_arch": 86}
+    arch = {"min_arch": 90} if pdl else {"min_arch": 89, "max_arch": 89} if fp8 else {"max_arch": 86}
     instruction = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32"
     expect = {arch: instruction for arch in (80, 89, 90, 100, 120)}
     options = {"num_warps": tiles.warps, **OPTIONS}
@@ -161,7 +161,8 @@ VARIANTS = [
     _w4a16("16_tokens", 16, 14336, 4096),
     _w4a16("64_tokens", 64, 4096, 14336),
     _w4a16("ragged", 4, 4096, 4112),
-    _w4a16("1_token_by_integers", 1, 14336, 4096, native=False),
-    _w4a16("ragged_by_integers", 4, 4096, 4112, native=False),
+    _w4a16("1_token_ada", 1, 14336, 4096, pdl=False),
+    _w4a16("1_token_by_integers", 1, 14336, 4096, fp8=False, pdl=False),
+    _w4a16("ragged_by_integers", 4, 4096, 4112, fp8=False, pdl=False),
     Variant("factors", factors_kernel, {n: "*fp32" for n in ("scale_a_ptr", "scale_b_ptr", "out_ptr")}, {"ADD": False}),
 ]

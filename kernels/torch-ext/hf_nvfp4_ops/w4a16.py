@@ -27,14 +27,8 @@ REST = tl.constexpr(2.0**8)
 MMA = tl.constexpr(
     "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
 )
-FETCH = tl.constexpr(
-    "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.u32 $0, t;"
-    " @p cp.async.bulk.prefetch.L2.global [$1], $2; }"
-)
 # Of 16 bytes where $5 is not 0.
-LOAD = tl.constexpr(
-    "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.v4.b32 {$0,$1,$2,$3}, [$4]; }"
-)
+LOAD = tl.constexpr("{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.v4.b32 {$0,$1,$2,$3}, [$4]; }")
 ZEROED_LOAD = tl.constexpr(
     "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
     "@p ld.global.v4.b32 {$0,$1,$2,$3}, [$4]; }"
@@ -217,23 +211,13 @@ def _four_words(ptr, there, ZEROS: tl.constexpr):
 
 
 @triton.jit
-def _tokens(x_ptr, token, chunk, M, K, WIDE: tl.constexpr, FIT: tl.constexpr):
-    """x of a thread's token at its chunk, eight columns after eight, in the order of `_pairs`: four words [C] each.
+def _tokens(x_ptr, token, column, M, K, FIT: tl.constexpr):
+    """x of a thread's token at the eight columns from `column` [C] on, in the order of `_pairs`: four words [C].
 
     Zeros behind the last column: what the weight has there does not count. Anything for tokens that there are not.
     """
-    words, row = (), x_ptr + token.to(tl.int64) * (K // 2)
-    for part in tl.static_range(4 * WIDE):
-        column = chunk * (32 * WIDE) + 8 * part
-        there = token < M if FIT == 2 else (token < M) & (column < K)
-        words = words + (_four_words(row + column // 2, there, FIT < 2),)
-    return words
-
-
-@triton.jit
-def _in_order(words):
-    """Eight columns of x, two a word, in the order of `_pairs`."""
-    x01, x23, x45, x67 = words
+    there = token < M if FIT == 2 else (token < M) & (column < K)
+    x01, x23, x45, x67 = _four_words(x_ptr + token.to(tl.int64) * (K // 2) + column // 2, there, FIT < 2)
     return _low_halves(x01, x45), _high_halves(x01, x45), _low_halves(x23, x67), _high_halves(x23, x67)
 
 
@@ -255,17 +239,15 @@ def _add_word(sums, low, high, low_scale, high_scale, x, AT: tl.constexpr, TOKEN
 
 
 @triton.jit
-def _fetch(ptr, start, count):
-    """Brings count bytes from byte `start` on into L2, in whole 16s; one thread asks, nobody waits."""
-    at = ptr.to(tl.int64) + start & -16
-    tl.inline_asm_elementwise(FETCH, "=r,l,r", (at, count & -16), tl.int32, False, 1)
+def _stay():
+    """Loads above are issued above: compilers move those for later steps down to where they are used."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; // $0", "=r", [], tl.int32, False, 1)
 
 
 @triton.jit
-def _stay():
-    """Loads above are issued above: compilers move those of later steps down to where they are used."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; // $0", "=r", [], tl.int32, False, 1)
+def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
 @triton.jit
@@ -276,13 +258,13 @@ def w4a16_kernel(x_ptr, codes_ptr, scales_ptr, outer_ptr, bias_ptr, y_ptr, M, N,
 
     x: BF16 [M, K], two a word, 16-byte aligned; codes: [N, K / 8] words; scales: E4M3 bytes [N, K / 16]; outer: FP32;
     bias: [N] or None. WARPS: those of a program. DEPTH: steps that the weight is read ahead. WIDE: times 32 columns
-    that a thread has at a time. FIT: as `fit`. FP8: as `_scales`. PDL: launched while the kernel in front still runs;
-    the weight is read without waiting for it.
+    that a thread has in a step. FIT: see `fit`. FP8: as `_scales`. PDL: launched while the kernel in front still runs;
+    what does not change, the weight, is read without waiting for its end.
     """
-    blocks = tl.cdiv(M, 8 * TOKENS)
-    first_row, first_token = tl.program_id(0) // blocks * (16 * TILES), tl.program_id(0) % blocks * (8 * TOKENS)
     if PDL:
         gdc_launch_dependents()
+    blocks = tl.cdiv(M, 8 * TOKENS)
+    first_row, first_token = tl.program_id(0) // blocks * (16 * TILES), tl.program_id(0) % blocks * (8 * TOKENS)
     # A tensor has one element for each thread, in their order: `_mma` needs them so.
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
@@ -291,38 +273,46 @@ def w4a16_kernel(x_ptr, codes_ptr, scales_ptr, outer_ptr, bias_ptr, y_ptr, M, N,
     sums = ()
     for _ in tl.static_range(TILES * TOKENS):
         sums = sums + ((zeros, zeros, zeros, zeros),)
-    for _ in tl.range(tl.cdiv(K, 128 * WIDE * WARPS), num_stages=DEPTH):
-        words, scales = _weight(codes_ptr, scales_ptr, first_row, lane, chunk, N, K, TILES, WIDE, FIT)
-        if PDL:
-            gdc_wait()
-        x = ()
-        for i in tl.static_range(TOKENS):
-            x = x + (_tokens(x_ptr, first_token + 8 * i + lane // 4, chunk, M, K, WIDE, FIT),)
-        for part in tl.static_range(4 * WIDE):
-            ordered = ()
-            for i in tl.static_range(TOKENS):
-                ordered = ordered + (_in_order(x[i][part]),)
-            for i in tl.static_range(TILES):
-                low = _four(words[2 * i * WIDE + part // 4])[part % 4]
-                high = _four(words[(2 * i + 1) * WIDE + part // 4])[part % 4]
-                low_scale = _scales(scales[2 * i], FP8)[part // 2]
-                high_scale = _scales(scales[2 * i + 1], FP8)[part // 2]
-                sums = _add_word(sums, low, high, low_scale, high_scale, ordered, i * TOKENS, TOKENS, WARPS)
-        chunk += 4 * WARPS
+    held = ()
+    for i in tl.static_range(DEPTH):
+        later = chunk + i * 4 * WARPS
+        held = held + (_weight(codes_ptr, scales_ptr, first_row, lane, later, N, K, TILES, WIDE, FIT),)
+    if PDL:
+        gdc_wait()
+    for _ in range(tl.cdiv(K, 128 * WIDE * WARPS * DEPTH)):
+        # DEPTH steps, each of which leaves its place to what the DEPTH'th from it needs.
+        for _ in tl.static_range(DEPTH):
+            words, scales = held[0]
+            for part in tl.static_range(4 * WIDE):
+                x, column = (), chunk * (32 * WIDE) + 8 * part
+                for i in tl.static_range(TOKENS):
+                    x = x + (_tokens(x_ptr, first_token + 8 * i + lane // 4, column, M, K, FIT),)
+                for i in tl.static_range(TILES):
+                    low = _four(words[2 * i * WIDE + part // 4])[part % 4]
+                    high = _four(words[(2 * i + 1) * WIDE + part // 4])[part % 4]
+                    low_scale = _scales(scales[2 * i], FP8)[part // 2]
+                    high_scale = _scales(scales[2 * i + 1], FP8)[part // 2]
+                    sums = _add_word(sums, low, high, low_scale, high_scale, x, i * TOKENS, TOKENS, WARPS)
+            later = chunk + DEPTH * 4 * WARPS
+            held = held[1:] + (_weight(codes_ptr, scales_ptr, first_row, lane, later, N, K, TILES, WIDE, FIT),)
+            _stay()
+            chunk += 4 * WARPS
 
     factor = tl.load(outer_ptr)
-    lane = tl.arange(0, 32)[:, None, None]
-    half, column = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :]
+    lane = tl.arange(0, 32)
     for i in tl.static_range(TILES * TOKENS):
         c0, c1, c2, c3 = sums[i]
-        both = tl.join(tl.join(c0, c2), tl.join(c1, c3))
-        y = tl.sum(tl.reshape(both, (WARPS, 32, 2, 2)), 0) * REST * factor
-        row = first_row + i // TOKENS * 16 + half * 8 + lane // 4 + 0 * column
-        token = first_token + i % TOKENS * 8 + lane % 4 * 2 + column + 0 * half
-        if bias_ptr is not None:
-            y += to_fp32(tl.load(bias_ptr + row, row < N, 0.0))
-        y = to_bf16(y) if y_ptr.dtype.element_ty == tl.bfloat16 else y
-        tl.store(y_ptr + token.to(tl.int64) * N + row, y, (row < N) & (token < M))
+        c0, c1 = tl.reshape(c0, (WARPS, 32)), tl.reshape(c1, (WARPS, 32))
+        c2, c3 = tl.reshape(c2, (WARPS, 32)), tl.reshape(c3, (WARPS, 32))
+        totals = tl.reduce((c0, c1, c2, c3), 0, _add_four)  # of a lane: two rows, of two tokens each
+        for j in tl.static_range(4):
+            y = totals[j] * REST * factor
+            row = first_row + i // TOKENS * 16 + j // 2 * 8 + lane // 4
+            token = first_token + i % TOKENS * 8 + lane % 4 * 2 + j % 2
+            if bias_ptr is not None:
+                y += to_fp32(tl.load(bias_ptr + row, row < N, 0.0))
+            y = to_bf16(y) if y_ptr.dtype.element_ty == tl.bfloat16 else y
+            tl.store(y_ptr + token.to(tl.int64) * N + row, y, (row < N) & (token < M))
 
 
 class Tiles(NamedTuple):
@@ -330,7 +320,7 @@ class Tiles(NamedTuple):
 
     warps: of a program; they take turns along K, 128 · wide columns each. tiles: of 16 rows of the weight, a program.
     tokens: tiles of 8 rows of x. depth: steps that the weight is read ahead. wide: times 32 columns that a thread has
-    at a time, 1 or 2: it has 36 · wide · tiles · depth bytes of the weight under way.
+    in a step, 1 or 2: it has 36 · wide · tiles · depth bytes of the weight under way.
     """
 
     warps: int
@@ -345,25 +335,35 @@ class Tiles(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Of a step."""
-        return 128 * self.wide * self.warps
+        """That a program has behind it after each turn of its loop."""
+        return 128 * self.wide * self.warps * self.depth
 
 
-# More rows of x go to cuBLAS, and then so many elements of the weight at a time are BF16. Timed up to 16.
-LARGEST_M, LARGEST_CHUNK = 16, 2**27
+# More rows of x go to cuBLAS, and then so many elements of the weight at a time are BF16.
+LARGEST_M, LARGEST_CHUNK = 64, 2**27
+# Fastest on an H100, of about forty: for so many rows of x at most; for weights of 8192 rows or more, and for less.
+_TILES = {
+    8: (Tiles(4, 1, 1, 1, 1), Tiles(8, 1, 1, 1, 2)),
+    16: (Tiles(2, 2, 2, 2, 1), Tiles(8, 1, 2, 1, 1)),
+    LARGEST_M: (Tiles(2, 2, 4, 1, 1), Tiles(8, 2, 4, 1, 1)),
+}
 
 
 def tiles_for(m: int, n: int, k: int) -> Tiles:
-    """The tiles for x [m, k] and a weight [n, k]. Few rows: more warps share them, so that all processors have some."""
-    wide = 2 if m <= 8 and n < 8192 and k % 64 == 0 else 1
-    warps = 8 if n < 8192 else 4
-    while warps > 1 and k < 128 * wide * warps:
-        warps //= 2
-    return Tiles(warps, 1, 1 if m <= 8 else 2 if m <= 16 else 4, 1 if wide == 2 or m > 8 else 2, wide)
+    """The tiles for x [m, k] and a weight [n, k]."""
+    tiles = _TILES[min(limit for limit in _TILES if m <= limit or limit == LARGEST_M)][n < 8192]
+    if tiles.wide > 1 and n <= 2048:  # even fewer programs: more warps each
+        tiles = tiles._replace(warps=16)
+    if k % (32 * tiles.wide):
+        tiles = tiles._replace(wide=1)
+    while tiles.columns > max(k, 128):
+        smaller = {"depth": 1} if tiles.depth > 1 else {"warps": tiles.warps // 2} if tiles.warps > 1 else {"wide": 1}
+        tiles = tiles._replace(**smaller)
+    return tiles
 
 
 def fit(k: int, tiles: Tiles) -> int:
-    """How rows of k columns are made of threads' chunks: the kernel's FIT. 2: of whole steps, 1: of chunks, 0: of 16."""
+    """How rows of k columns end, the kernel's FIT: 2 with a turn of its loop, 1 with a thread's columns, 0 anywhere."""
     return 2 if k % tiles.columns == 0 else 1 if k % (32 * tiles.wide) == 0 else 0
 
 
