@@ -46,7 +46,7 @@ DEFAULTS = {
         "cast_shapes": [(16384, 4096), (16384, 14336)],
         "linear_shapes": [(16384, 4096, 14336), (16384, 2048, 8192), (16384, 2048, 2048)],
         "inference_shapes": [(4096, 14336), (14336, 4096)],
-        "layers_in_a_row": 8,
+        "layers_in_a_row": 32,
         "model": "350m",
         "rounds": 30,
         "steps": 20,
@@ -130,7 +130,7 @@ def add_inference_options(add) -> None:
     """Those of inference."""
     add("--inference_shapes", nargs="+", type=shape_of(2), metavar="KxN", help="in, out features")
     add("--batches", nargs="+", type=int, default=[1, 4, 16], metavar="M", help="rows of x (%(default)s)")
-    add("--layers_in_a_row", type=int, metavar="L", help="weights that take turns (default: 8, on the CPU 2)")
+    add("--layers_in_a_row", type=int, metavar="L", help="weights that take turns (default: 32, on the CPU 2)")
     add(
         "--tiles",
         nargs="+",
