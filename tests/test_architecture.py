@@ -66,6 +66,7 @@ ALLOWED = {
     "gaps": {"report", "scores"},
     "plots": {"gaps", "report"},
     "cards": {"report", "scores"},
+    "planning": {"casts", "convert", "formats", "language"},
     "processes": set(),
     "tiny_configs": set(),
     "architectures": {"casts", "convert", "experts", "integration", "language", "linear", "tiny_configs"},
