@@ -34,7 +34,7 @@ from hf_nvfp4.convert import set_high_precision, summary
 from hf_nvfp4.data import InputError, load_corpus
 from hf_nvfp4.gemm import backend_names
 from hf_nvfp4.integration import QUANT_METHOD
-from hf_nvfp4.linear import converted_modules
+from hf_nvfp4.losses import final_losses, losses_before, recovered
 from hf_nvfp4.options import Arguments, ModelArguments, parse_arguments, read_recipe
 from hf_nvfp4.scores import write_json
 from hf_nvfp4.sizes import SIZES
@@ -192,25 +192,6 @@ def lay_out_schedule(args: Arguments) -> list:
     return [switch, *resets]
 
 
-def final_losses(trainer, about: dict) -> dict:
-    """Validation losses of the trained model, in nats a token, as it was trained and in BF16."""
-    state = trainer.state
-    last = [x["eval_loss"] for x in state.log_history if x["step"] == state.global_step and "eval_loss" in x]
-    reuse = last and not trainer.args.load_best_model_at_end
-    loss = last[-1] if reuse else trainer.evaluate()["eval_loss"]
-    with hf_nvfp4.use_recipe(trainer.model, "bf16"):
-        loss_bf16 = trainer.evaluate(metric_key_prefix="bf16")["bf16_loss"]
-    modules = converted_modules(trainer.model).values()
-    names = " and ".join(sorted({module.eval_recipe.name for module in modules}))
-    per_token = any(module.eval_recipe != module.train_recipe for module in modules)
-    return {
-        "validation_loss": loss,
-        "validation_precision": f"{names} (as trained{', per-token activation scales' if per_token else ''})",
-        "validation_loss_bf16": loss_bf16,
-        "bits_per_byte": loss / math.log(2) * about["validation_tokens"] / about["validation_bytes"],
-    }
-
-
 # ---- Results ---------------------------------------------------------------------------------------------
 
 
@@ -299,6 +280,11 @@ def table(run: dict) -> str:
         ("training took", f"{speed['train_seconds']:,.1f} s{rate}"),
         ("peak memory", f"{speed['peak_memory_bytes'] / 2**30:.2f} GiB, {speed['peak_memory_kind']}"),
     ]  # fmt: skip
+    if before := final.get("before"):
+        share = recovered(before, final["validation_loss"])
+        rest = "" if share is None else f"; {share:.0%} of the difference recovered"
+        text = f"{before['validation_loss']:.4f}   in BF16 {before['validation_loss_bf16']:.4f}{rest}"
+        rows.insert(2, ("before", text))
     return "\n".join([f"\n{run['name']}: {run['recipe']} on backend {run['backend']}, {run['device']['name']}",
                       *(f"  {name:<16} {value}" for name, value in rows)])  # fmt: skip
 
@@ -402,9 +388,10 @@ def main(argv: list[str]) -> None:
         check_same_recipe(checkpoint, network)
     with runlog.StopOnSignal(one_process=args.training.world_size == 1) as stop:
         trainer, timer = build_trainer(args, network, tokenizer, packed, teacher, first=[stop])
+        before = losses_before(trainer) if args.model.teacher else {}
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         stop.check()
-        run = describe_run(args, trainer, timer, packed, final_losses(trainer, packed.about))
+        run = describe_run(args, trainer, timer, packed, before | final_losses(trainer, packed.about))
         output_dir = Path(args.training.output_dir)
         trainer.save_state()
         if args.model.save_model:

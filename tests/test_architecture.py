@@ -29,6 +29,7 @@ ALLOWED = {
     "convert": {"backends", "conv1d", "experts", "gemm", "language", "linear", "weight_reads"},
     "schedule": {"casts", "convert", "language", "linear"},
     "distillation": set(),
+    "losses": {"linear"},
     "oscillation": {"language", "linear", "reference"},
     "integration": {"casts", "convert", "data", "importing", "language", "layouts", "linear", "packed", "recipes"},
     "layouts": {"casts", "data", "formats", "reference"},

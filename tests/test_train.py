@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import hf_nvfp4
 from hf_nvfp4 import packing, runlog
 from hf_nvfp4.data import InputError, load_corpus
+from hf_nvfp4.losses import recovered
 from hf_nvfp4.options import parse_arguments
 from hf_nvfp4.sizes import SIZES
 
@@ -585,6 +586,17 @@ def test_a_checkpoint_teaches_its_own_student(flags, tmp_path, capsys):
     assert run["model"]["from_checkpoint"] == str(teacher)
     assert run["training"]["teacher"] == {"checkpoint": str(teacher), "kd_ratio": 0.5, "temperature": 1.0}
     assert run["recipe"] == "nvfp4_qat"
+    start = json.loads((teacher / "run.json").read_text())["final"]
+    before, after = run["final"]["before"], run["final"]
+    assert before["validation_loss_bf16"] == pytest.approx(start["validation_loss"], abs=1e-3)
+    assert before["validation_loss"] not in (before["validation_loss_bf16"], after["validation_loss"])
+    assert f"{before['validation_loss']:.4f}   in BF16 {before['validation_loss_bf16']:.4f}" in said
+
+
+def test_recovered_is_the_share_of_what_quantizing_added():
+    before = {"validation_loss": 4.25, "validation_loss_bf16": 4.0}
+    assert [recovered(before, loss) for loss in (4.25, 4.125, 4.0, 4.5)] == [0, 0.5, 1, -1]
+    assert recovered({"validation_loss": 4.0, "validation_loss_bf16": 4.0}, 3.9) is None
 
 
 def test_distillation_says_what_is_missing(flags, folder, tmp_path):
