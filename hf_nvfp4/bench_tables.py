@@ -104,8 +104,8 @@ def inference_table(rows: dict[str, dict], layers: int, eager: bool) -> str:
     how = "as launched by the host" if eager else "in one CUDA graph"
     note = f"""
 {layers} layers one after the other, each with its own weight, {how}. Speed: of BF16's at the same batch. GB/s: of the
-weight, x and y. Tiles of {{name}} WxTxOxDxC: warps, tiles of 16 rows and of 8 tokens, steps read ahead, times 32
-columns a thread."""
+weight, x and y. Tiles of {{name}} WxTxOxDxCxS: warps, tiles of 16 rows and of 8 columns, steps read ahead, times 32
+columns a thread, columns of a tile for each token."""
     return f"{markdown_table(header, lines)}\n{note.format(name='w4a16')}"
 
 

@@ -8,7 +8,7 @@
     python scripts/bench.py --model Qwen/Qwen3-0.6B --recipes nvfp4_hopper --compile
     python scripts/bench.py --model 8b --layers 5 --keep_bf16_last 0 --compile --torchao tensorwise rowwise
     # Inference with a packed weight (W4A16) beside F.linear in BF16, with other tiles of the kernel too
-    python scripts/bench.py inference --batches 1 4 16 --tiles 8x1x1x2x1 4x2x1x1x1
+    python scripts/bench.py inference --batches 1 4 16 --tiles 8x1x1x2x1x4 4x2x1x1x1x1
     python scripts/bench.py decode --model 8b --compile --batches 1  # tokens/s of a whole model, packed and in BF16
 
 Each variant is first compared with backend `reference`, at the shape that is timed; one that computes something
@@ -134,11 +134,11 @@ def add_inference_options(add) -> None:
     add(
         "--tiles",
         nargs="+",
-        type=shape_of(5),
+        type=shape_of(6),
         default=[],
-        metavar="WxTxOxDxC",
+        metavar="WxTxOxDxCxS",
         help="of the kernel, besides its own choice: warps, tiles of 16 rows, of 8 tokens, steps read ahead, times 32 "
-        "columns a thread",
+        "columns a thread, columns of a tile for each token",
     )
 
 
@@ -190,6 +190,8 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--rounds, --batch, --sequence_length, --steps, --layers_in_a_row, --batches are at least 1")
     if any(size & (size - 1) for tiles in args.tiles for size in tiles[:1]):
         parser.error("--tiles: the number of warps is a power of two")
+    if any(tiles[-1] not in (1, 2, 4) for tiles in args.tiles):
+        parser.error("--tiles: each token has 1, 2 or 4 columns of a tile, the last number")
     if "decode" in args.what and args.sequence_length < 256:
         parser.error(f"--sequence_length {args.sequence_length}: decode needs at least 256")
     if "inference" in args.what and any(k % 16 for k, _ in args.inference_shapes):

@@ -79,13 +79,13 @@ def test_a_packed_weight(bench, tmp_path, capsys, monkeypatch):
         pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1 and Triton 3.9")
     few = ["inference", "--device", "cpu", "--inference_shapes", "64x16", "--batches", "2", "--layers_in_a_row", "1"]
     path = tmp_path / "bench.json"
-    status = bench.main([*few, "--rounds", "1", "--tiles", "2x1x1x1x1", "--json", str(path)])
+    status = bench.main([*few, "--rounds", "1", "--tiles", "2x1x1x1x1x4", "--json", str(path)])
     rows, out = json.loads(path.read_text())["results"][0]["rows"], capsys.readouterr().out
     assert status == 0, out
-    assert list(rows) == [f"{name}, batch 2" for name in ("nn.Linear", "w4a16", "w4a16 2x1x1x1x1", "copy")]
+    assert list(rows) == [f"{name}, batch 2" for name in ("nn.Linear", "w4a16", "w4a16 2x1x1x1x1x4", "copy")]
     assert rows["nn.Linear, batch 2"]["bytes"] == 2 * (16 * 64 + 2 * 64 + 2 * 16)
     assert rows["w4a16, batch 2"]["bytes"] == 16 * 64 * 9 // 16 + 4 + 2 * (2 * 64 + 2 * 16)
-    assert all(row["time"]["median_seconds"] > 0 for row in rows.values()) and "| w4a16 2x1x1x1x1, batch 2 |" in out
+    assert all(row["time"]["median_seconds"] > 0 for row in rows.values()) and "| w4a16 2x1x1x1x1x4, batch 2 |" in out
 
     honest = bench_inference._by_kernel
     monkeypatch.setattr(bench_inference, "_by_kernel", lambda x, tiles, q: honest(x, tiles, q) * 2)
@@ -258,7 +258,8 @@ def test_another_seed_and_nan_are_wrong(device):
         (["--linear_shapes", "64x0x64"], "'64x0x64' is not 3 sizes"),
         (["--rounds", "0"], "at least 1"),
         (["inference", "--batches", "0"], "at least 1"),
-        (["inference", "--tiles", "3x1x1x1x1"], "a power of two"),
+        (["inference", "--tiles", "3x1x1x1x1x1"], "a power of two"),
+        (["inference", "--tiles", "4x1x1x1x1x8"], "1, 2 or 4"),
         (["inference", "--tiles", "4x1"], "'4x1' is not 5 sizes"),
         (["inference", "--inference_shapes", "40x16"], "a multiple of 16"),
         (["--model", "tiny", "--compile", "--memory_budget", "2"], "a fraction"),

@@ -130,8 +130,8 @@ def _w4a16(name: str, m: int, n: int, k: int, fp8: bool = True, pdl: bool = True
     types = {"x_ptr": "*i32", "codes_ptr": "*i32", "scales_ptr": "*u8", "outer_ptr": "*fp32", "y_ptr": "*bf16"}
     types |= {"N": "i32", "K": "i32"} | ({"M": "i32"} if m > 1 else {})
     constexprs = {"WARPS": tiles.warps, "TILES": tiles.tiles, "TOKENS": tiles.tokens, "DEPTH": tiles.depth}
-    constexprs |= {"WIDE": tiles.wide, "FIT": fit(k, tiles), "FP8": fp8, "PDL": pdl, "bias_ptr": None}
-    constexprs |= {} if m > 1 else {"M": 1}
+    constexprs |= {"WIDE": tiles.wide, "SPREAD": tiles.spread, "FIT": fit(k, tiles), "FP8": fp8, "PDL": pdl}
+    constexprs |= {"bias_ptr": None} | ({} if m > 1 else {"M": 1})
     arch = {"min_arch": 90} if pdl else {"min_arch": 89, "max_arch": 89} if fp8 else {"max_arch": 86}
     instruction = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32"
     expect = {arch: instruction for arch in (80, 89, 90, 100, 120)}

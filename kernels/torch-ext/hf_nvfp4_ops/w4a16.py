@@ -211,28 +211,57 @@ def _four_words(ptr, there, ZEROS: tl.constexpr):
 
 
 @triton.jit
-def _tokens(x_ptr, token, column, M, K, FIT: tl.constexpr):
-    """x of a thread's token at the eight columns from `column` [C] on, in the order of `_pairs`: four words [C].
+def _tokens(x_ptr, first_token, lane, chunk, part, M, K, TOKENS: tl.constexpr, SPREAD: tl.constexpr,
+            WIDE: tl.constexpr, FIT: tl.constexpr):  # fmt: skip
+    """Of each tile of x, eight columns of a token for each thread, as they lie: four words [C].
 
-    Zeros behind the last column: what the weight has there does not count. Anything for tokens that there are not.
+    The thread's chunk is cut into parts of eight columns. Of the 8 columns of the tile that `_mma` knows, each token
+    has SPREAD, one for each of the parts from `part` · SPREAD on. Zeros behind the last column of x: what the weight
+    has there does not count. Anything for tokens that there are not.
     """
-    there = token < M if FIT == 2 else (token < M) & (column < K)
-    x01, x23, x45, x67 = _four_words(x_ptr + token.to(tl.int64) * (K // 2) + column // 2, there, FIT < 2)
-    return _low_halves(x01, x45), _high_halves(x01, x45), _low_halves(x23, x67), _high_halves(x23, x67)
+    tokens, each = (), 8 // SPREAD
+    column = chunk * (32 * WIDE) + 8 * (part * SPREAD + lane // 4 // each)
+    for i in tl.static_range(TOKENS):
+        token = first_token + each * i + lane // 4 % each
+        at = x_ptr + token.to(tl.int64) * (K // 2) + column // 2
+        tokens = tokens + (_four_words(at, (token < M) & (column < K), FIT < 2),)
+    return tokens
 
 
 @triton.jit
-def _add_word(sums, low, high, low_scale, high_scale, x, AT: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr):
-    """The sums, to those from AT on added the products of one word of codes of two rows with x's words."""
+def _in_order(tokens):
+    """`_tokens` in the order of `_pairs`."""
+    ordered = ()
+    for i in tl.static_range(len(tokens)):
+        x01, x23, x45, x67 = tokens[i]
+        pairs = (_low_halves(x01, x45), _high_halves(x01, x45), _low_halves(x23, x67), _high_halves(x23, x67))
+        ordered = ordered + (pairs,)
+    return ordered
+
+
+@triton.jit
+def _x_of_step(x_ptr, first_token, lane, chunk, M, K, TOKENS: tl.constexpr, SPREAD: tl.constexpr, WIDE: tl.constexpr,
+               FIT: tl.constexpr):  # fmt: skip
+    """`_tokens` of all parts of a step."""
+    parts = ()
+    for part in tl.static_range(4 * WIDE // SPREAD):
+        parts = parts + (_tokens(x_ptr, first_token, lane, chunk, part, M, K, TOKENS, SPREAD, WIDE, FIT),)
+    return parts
+
+
+@triton.jit
+def _add_word(sums, low, high, low_scale, high_scale, x, AT: tl.constexpr, SPREAD: tl.constexpr, WARPS: tl.constexpr):
+    """The sums, with the products of one word of codes of two rows and x's words added to each SPREAD'th from AT on."""
     low, high, new = _pairs(low), _pairs(high), sums
     for k in tl.static_range(0, 4, 2):
         a0, a1 = _scaled(low[k], low_scale), _scaled(high[k], high_scale)
         a2, a3 = _scaled(low[k + 1], low_scale), _scaled(high[k + 1], high_scale)
         old, new = new, ()
         for i in tl.static_range(len(old)):
-            if i >= AT and i < AT + TOKENS:
+            if i >= AT and i < AT + len(x) * SPREAD and (i - AT) % SPREAD == 0:
                 c0, c1, c2, c3 = old[i]
-                new = new + (_mma(a0, a1, a2, a3, x[i - AT][k], x[i - AT][k + 1], c0, c1, c2, c3, WARPS),)
+                b = x[(i - AT) // SPREAD]
+                new = new + (_mma(a0, a1, a2, a3, b[k], b[k + 1], c0, c1, c2, c3, WARPS),)
             else:
                 new = new + (old[i],)
     return new
@@ -251,64 +280,85 @@ def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
+def _own(sums, AT: tl.constexpr, lane, SPREAD: tl.constexpr):
+    """Of the SPREAD sums from AT on, those whose part of x was in the thread's columns of the tile."""
+    c0, c1, c2, c3 = sums[AT]
+    for i in tl.static_range(1, SPREAD):
+        own = lane % 4 * SPREAD // 4 == i
+        d0, d1, d2, d3 = sums[AT + i]
+        c0, c1, c2, c3 = tl.where(own, d0, c0), tl.where(own, d1, c1), tl.where(own, d2, c2), tl.where(own, d3, c3)
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def w4a16_kernel(x_ptr, codes_ptr, scales_ptr, outer_ptr, bias_ptr, y_ptr, M, N, K, WARPS: tl.constexpr,
                  TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, WIDE: tl.constexpr,
-                 FIT: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """y [M, N] = x @ weight.T · outer + bias, for 16 · TILES rows of the weight and 8 · TOKENS of x.
+                 SPREAD: tl.constexpr, FIT: tl.constexpr, FP8: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y [M, N] = x @ weight.T · outer + bias, for 16 · TILES rows of the weight and 8 / SPREAD · TOKENS of x.
 
     x: BF16 [M, K], two a word, 16-byte aligned; codes: [N, K / 8] words; scales: E4M3 bytes [N, K / 16]; outer: FP32;
-    bias: [N] or None. WARPS: those of a program. DEPTH: steps that the weight is read ahead. WIDE: times 32 columns
-    that a thread has in a step. FIT: see `fit`. FP8: as `_scales`. PDL: launched while the kernel in front still runs;
-    what does not change, the weight, is read without waiting for its end.
+    bias: [N] or None. WARPS to SPREAD: see `Tiles`. FIT: see `fit`. FP8: as `_scales`. PDL: launched while the kernel
+    in front still runs; what does not change, the weight, is read without waiting for its end.
     """
     if PDL:
         gdc_launch_dependents()
-    blocks = tl.cdiv(M, 8 * TOKENS)
-    first_row, first_token = tl.program_id(0) // blocks * (16 * TILES), tl.program_id(0) % blocks * (8 * TOKENS)
+    each: tl.constexpr = 8 * TOKENS // SPREAD
+    ahead: tl.constexpr = 4 * WIDE * TOKENS <= 2 * SPREAD  # x is read ahead too, where that takes few registers
+    blocks = tl.cdiv(M, each)
+    first_row, first_token = tl.program_id(0) // blocks * (16 * TILES), tl.program_id(0) % blocks * each
     # A tensor has one element for each thread, in their order: `_mma` needs them so.
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
     chunk = thread // 32 * 4 + lane % 4
     zeros = tl.zeros((32 * WARPS,), tl.float32)
     sums = ()
-    for _ in tl.static_range(TILES * TOKENS):
+    for _ in tl.static_range(TILES * TOKENS * SPREAD):
         sums = sums + ((zeros, zeros, zeros, zeros),)
-    held = ()
+    held, held_x = (), ()
     for i in tl.static_range(DEPTH):
         later = chunk + i * 4 * WARPS
         held = held + (_weight(codes_ptr, scales_ptr, first_row, lane, later, N, K, TILES, WIDE, FIT),)
     if PDL:
         gdc_wait()
+    if ahead:
+        for i in tl.static_range(DEPTH):
+            later = chunk + i * 4 * WARPS
+            held_x = held_x + (_x_of_step(x_ptr, first_token, lane, later, M, K, TOKENS, SPREAD, WIDE, FIT),)
     for _ in range(tl.cdiv(K, 128 * WIDE * WARPS * DEPTH)):
         # DEPTH steps, each of which leaves its place to what the DEPTH'th from it needs.
         for _ in tl.static_range(DEPTH):
             words, scales = held[0]
             for part in tl.static_range(4 * WIDE):
-                x, column = (), chunk * (32 * WIDE) + 8 * part
-                for i in tl.static_range(TOKENS):
-                    x = x + (_tokens(x_ptr, first_token + 8 * i + lane // 4, column, M, K, FIT),)
+                if part % SPREAD == 0 and ahead:
+                    x = _in_order(held_x[0][part // SPREAD])
+                elif part % SPREAD == 0:
+                    read = _tokens(x_ptr, first_token, lane, chunk, part // SPREAD, M, K, TOKENS, SPREAD, WIDE, FIT)
+                    x = _in_order(read)
                 for i in tl.static_range(TILES):
                     low = _four(words[2 * i * WIDE + part // 4])[part % 4]
                     high = _four(words[(2 * i + 1) * WIDE + part // 4])[part % 4]
                     low_scale = _scales(scales[2 * i], FP8)[part // 2]
                     high_scale = _scales(scales[2 * i + 1], FP8)[part // 2]
-                    sums = _add_word(sums, low, high, low_scale, high_scale, x, i * TOKENS, TOKENS, WARPS)
+                    sums = _add_word(sums, low, high, low_scale, high_scale, x, i * TOKENS * SPREAD + part % SPREAD,
+                                     SPREAD, WARPS)  # fmt: skip
             later = chunk + DEPTH * 4 * WARPS
             held = held[1:] + (_weight(codes_ptr, scales_ptr, first_row, lane, later, N, K, TILES, WIDE, FIT),)
+            if ahead:
+                x_later = _x_of_step(x_ptr, first_token, lane, later, M, K, TOKENS, SPREAD, WIDE, FIT)
+                held_x = held_x[1:] + (x_later,)
             _stay()
             chunk += 4 * WARPS
 
     factor = tl.load(outer_ptr)
-    lane = tl.arange(0, 32)
     for i in tl.static_range(TILES * TOKENS):
-        c0, c1, c2, c3 = sums[i]
+        c0, c1, c2, c3 = _own(sums, i * SPREAD, lane, SPREAD)
         c0, c1 = tl.reshape(c0, (WARPS, 32)), tl.reshape(c1, (WARPS, 32))
         c2, c3 = tl.reshape(c2, (WARPS, 32)), tl.reshape(c3, (WARPS, 32))
         totals = tl.reduce((c0, c1, c2, c3), 0, _add_four)  # of a lane: two rows, of two tokens each
         for j in tl.static_range(4):
-            y = totals[j] * REST * factor
-            row = first_row + i // TOKENS * 16 + j // 2 * 8 + lane // 4
-            token = first_token + i % TOKENS * 8 + lane % 4 * 2 + j % 2
+            y = tl.sum(tl.reshape(totals[j], (8, SPREAD, 4 // SPREAD)), 1) * REST * factor
+            row = first_row + i // TOKENS * 16 + j // 2 * 8 + tl.arange(0, 8)[:, None]
+            token = first_token + i % TOKENS * (8 // SPREAD) + j % 2 + 2 * tl.arange(0, 4 // SPREAD)[None, :]
             if bias_ptr is not None:
                 y += to_fp32(tl.load(bias_ptr + row, row < N, 0.0))
             y = to_bf16(y) if y_ptr.dtype.element_ty == tl.bfloat16 else y
@@ -319,8 +369,10 @@ class Tiles(NamedTuple):
     """How a product is divided.
 
     warps: of a program; they take turns along K, 128 · wide columns each. tiles: of 16 rows of the weight, a program.
-    tokens: tiles of 8 rows of x. depth: steps that the weight is read ahead. wide: times 32 columns that a thread has
-    in a step, 1 or 2: it has 36 · wide · tiles · depth bytes of the weight under way.
+    tokens: tiles of 8 columns, rows of x. depth: steps that the weight is read ahead. wide: times 32 columns that a
+    thread has in a step, 1 or 2: it has 36 · wide · tiles · depth bytes of the weight under way. spread: columns of a
+    tile that each row of x has, 1, 2 or 4: for few rows, which leave columns empty. As many parts of a row's step are
+    then loaded at once, by threads that would have nothing to load, and ahead; each has sums of its own.
     """
 
     warps: int
@@ -328,10 +380,11 @@ class Tiles(NamedTuple):
     tokens: int
     depth: int
     wide: int
+    spread: int = 1
 
     def programs(self, m: int, n: int) -> int:
         """Those of x [m, k] and a weight [n, k]."""
-        return -(-n // (16 * self.tiles)) * -(-m // (8 * self.tokens))
+        return -(-n // (16 * self.tiles)) * -(-m // (8 * self.tokens // self.spread))
 
     @property
     def columns(self) -> int:
@@ -343,6 +396,8 @@ class Tiles(NamedTuple):
 LARGEST_M, LARGEST_CHUNK = 64, 2**27
 # Fastest on an H100, of about forty: for so many rows of x at most; for weights of 8192 rows or more, and for less.
 _TILES = {
+    2: (Tiles(4, 1, 1, 2, 1, 4), Tiles(8, 1, 1, 2, 1, 4)),
+    4: (Tiles(4, 1, 1, 1, 1, 2), Tiles(8, 1, 1, 1, 2, 2)),
     8: (Tiles(4, 1, 1, 1, 1), Tiles(8, 1, 1, 1, 2)),
     16: (Tiles(2, 2, 2, 2, 1), Tiles(8, 1, 2, 1, 1)),
     LARGEST_M: (Tiles(2, 2, 4, 1, 1), Tiles(8, 2, 4, 1, 1)),
