@@ -260,7 +260,7 @@ def test_another_seed_and_nan_are_wrong(device):
         (["inference", "--batches", "0"], "at least 1"),
         (["inference", "--tiles", "3x1x1x1x1x1"], "a power of two"),
         (["inference", "--tiles", "4x1x1x1x1x8"], "1, 2 or 4"),
-        (["inference", "--tiles", "4x1"], "'4x1' is not 5 sizes"),
+        (["inference", "--tiles", "4x1"], "'4x1' is not 6 sizes"),
         (["inference", "--inference_shapes", "40x16"], "a multiple of 16"),
         (["--model", "tiny", "--compile", "--memory_budget", "2"], "a fraction"),
         (["--model", "tiny", "--memory_budget", "0.9"], "add --compile"),
