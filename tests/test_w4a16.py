@@ -19,7 +19,7 @@ from hf_nvfp4 import Cast, reference
 cases = pytest.importorskip("kernel_cases", reason="the kernels need Triton")
 ops = cases.ops
 implementation = import_module("hf_nvfp4.ops.ops")
-kernel = import_module("hf_nvfp4.ops.w4a16")
+tiling = import_module("hf_nvfp4.ops.w4a16_tiles")
 pytestmark = cases.MARKS
 
 
@@ -67,7 +67,7 @@ def test_the_product_is_that_of_the_dequantized_weight(device, m, n, k, dtype, b
 @pytest.mark.parametrize("k", [272, 288, 320, 512])  # of 16, of a thread's 32 and 64 columns, of whole turns
 @pytest.mark.parametrize("tiles", [(2, 2, 2, 3, 1), (2, 1, 1, 2, 2), (2, 1, 1, 2, 1, 4), (2, 2, 2, 1, 2, 2)])
 def test_another_tiling_gives_the_same(device, tiles, k):
-    tiles = kernel.Tiles(*tiles)
+    tiles = tiling.Tiles(*tiles)
     tensors, weight = packed(20, k, device)
     x = torch.randn(10 if tiles.spread == 1 else 3, k, device=device)
     with cases.poisoned():
@@ -78,7 +78,7 @@ def test_tiles_fit_the_weight():
     for k in (16, 32, 48, 64, 272, 1024, 4096, 14336):
         for n in (16, 1024, 4096, 14336):
             for m in (1, 8, 9, 16, 17, 64):
-                tiles = kernel.tiles_for(m, n, k)
+                tiles = tiling.tiles_for(m, n, k)
                 assert tiles.columns <= max(k, 128) and (tiles.wide == 1 or k % 64 == 0), (m, n, k, tiles)
 
 
@@ -150,7 +150,7 @@ def test_many_tokens_take_a_gemm_of_parts(device, monkeypatch):
     monkeypatch.setattr(implementation, "LARGEST_CHUNK", 64 * 16)
     bias = torch.randn(40, device=device)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        x = torch.randn(kernel.LARGEST_M + 1, 64, device=device, dtype=dtype)
+        x = torch.randn(tiling.LARGEST_M + 1, 64, device=device, dtype=dtype)
         assert_close(ops.w4a16(x, *tensors, bias.to(dtype)), x, weight, bias.to(dtype))
     assert calls == ([16, 16, 8] * 3 if device.type == "cpu" else [])
 

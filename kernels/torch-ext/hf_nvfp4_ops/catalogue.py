@@ -12,7 +12,8 @@ from .launch import OPTIONS, tile_for, tile_for_values
 from .rotate import NUM_WARPS, NUM_WARPS_TRANSPOSED, constants, rotate_kernel, rotate_transposed_kernel
 from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Plan, Spec, plan
 from .variants import Variant
-from .w4a16 import fit, tiles_for, w4a16_kernel
+from .w4a16 import w4a16_kernel
+from .w4a16_tiles import fit, tiles_for
 
 _NVFP4 = Spec()
 _SR = Spec(rounding="stochastic")

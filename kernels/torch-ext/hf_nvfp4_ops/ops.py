@@ -30,7 +30,8 @@ from .rotate import (
     rotate_transposed_kernel,
 )
 from .spec import CODES_ACROSS, CODES_SWIZZLED, FP8, NAMESPACE, NOTHING, VALUES, Plan, Spec, plan
-from .w4a16 import LARGEST_CHUNK, LARGEST_M, Tiles, abilities, fit, tiles_for, w4a16_kernel
+from .w4a16 import w4a16_kernel
+from .w4a16_tiles import LARGEST_CHUNK, LARGEST_M, Tiles, abilities, fit, tiles_for
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AMAX, _CAST, _DEQUANTIZE, _FACTORS = map(Launcher, (amax_kernel, cast_kernel, dequantize_kernel, factors_kernel))
