@@ -369,9 +369,9 @@ def test_a_layers_gradients_are_rounded_stochastically_by_the_kernels(device, mo
 
     assert gradients(1).equal(gradients(1))
     assert (gradients(1) != gradients(2)).float().mean() > 0.9
-    draws = torch.stack([gradients(seed).double() for seed in range(8)])
-    difference = (draws[:4].mean(0) - draws[4:].mean(0)).square().mean().item()
-    assert difference == pytest.approx(draws.var(0).mean().item() / 2, rel=0.15)
+    draws = torch.stack([gradients(seed).double() for seed in range(4)])
+    difference = (draws[:2].mean(0) - draws[2:].mean(0)).square().mean().item()
+    assert difference == pytest.approx(draws.var(0).mean().item(), rel=0.15)
     if device.type == "cpu":  # the same products then: the same bits as without kernels
         with_kernels = gradients(1)
         monkeypatch.setattr(bf16, "KERNEL_DEVICES", set())
