@@ -150,6 +150,14 @@ for _recipe in (
         "compute (1×16 for x and w), a straight-through backward in BF16; no layer stays in BF16 but the head",
     ),
     Recipe(
+        "nvfp4_qat_w4a16",
+        fprop=(HIGH_PRECISION[0], RN),
+        dgrad=HIGH_PRECISION,
+        wgrad=HIGH_PRECISION,
+        from_forward=True,
+        source="nvfp4_qat for weight-only inference: x in BF16",
+    ),
+    Recipe(
         "fp4_all_the_way",
         fprop=(RN, RN),
         dgrad=(SR, RN),
