@@ -91,10 +91,10 @@ class NVFP4Experts(NVFP4Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: [T, H], top_k_index, integers, and top_k_weights: [T, k] -> [T, H] in hidden_states' dtype."""
-        dtype, count = compute_dtype(hidden_states, self), self.down_proj.shape[0]
         if not hidden_states.numel() or self.one_by_one(hidden_states.device):
-            return self._one_by_one(hidden_states, top_k_index, top_k_weights, dtype)
-        routing = route(top_k_index, count)
+            return self.forward_one_by_one(hidden_states, top_k_index, top_k_weights)
+        dtype = compute_dtype(hidden_states, self)
+        routing = route(top_k_index, self.down_proj.shape[0])
         x = Taken.apply(hidden_states, routing.rows, routing.places, top_k_index.shape[1])
 
         def multiply(x: Tensor, name: str) -> Tensor:
@@ -114,7 +114,9 @@ class NVFP4Experts(NVFP4Module):
                 return reason
         return None
 
-    def _one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dtype) -> Tensor:
+    def forward_one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As `forward`, one expert after the other."""
+        dtype = compute_dtype(hidden_states, self)
         count = self.down_proj.shape[0]
         ids, order = top_k_index.reshape(-1).sort(stable=True)  # order: sorted place -> place
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -181,8 +183,8 @@ class NVFP4Experts(NVFP4Module):
 def experts_class(plain: type) -> type[NVFP4Experts]:
     """The class of `plain`'s experts that multiply as a recipe says."""
     # A loop over lists of tokens whose lengths differ each time would be compiled again and again.
-    loop = torch.compiler.disable(NVFP4Experts._one_by_one)
-    attributes = {"plain": plain, "_one_by_one": loop, "__doc__": NVFP4Experts.__doc__}
+    loop = torch.compiler.disable(NVFP4Experts.forward_one_by_one)
+    attributes = {"plain": plain, "forward_one_by_one": loop, "__doc__": NVFP4Experts.__doc__}
     return type(f"NVFP4{plain.__name__}", (NVFP4Experts, plain), attributes)
 
 

@@ -246,7 +246,7 @@ def test_another_seed_and_nan_are_wrong(device):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["sing"], "unknown benchmark 'sing'; known: casts, linear, inference, decode, model"),
+        (["sing"], "unknown benchmark 'sing'; known: casts, linear, experts, inference, decode, model"),
         (["--recipes", "nvfp4@bf61"], "Did you mean 'bf16'?"),
         (["--recipes", "nvfp4@fp8"], "backend 'fp8'"),
         (["--torchao", "rowwise"], "pip install torchao"),
