@@ -12,14 +12,16 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_nvfp4 import bench_tables as tables
-from hf_nvfp4.backends import BACKENDS
 from hf_nvfp4.bench_rows import WEIGHTS, clocked, measured, recorded, time_rows
 from hf_nvfp4.bench_tables import EXPERTS
-from hf_nvfp4.benchmarks import SEED, Variant, check_results, tolerances
+from hf_nvfp4.benchmarks import SEED, Variant, check_results
 from hf_nvfp4.experts import experts_class
 from hf_nvfp4.language import Gemm, Recipe
 
 ONE_BY_ONE = "one by one"
+# Of y and all gradients, after two GEMMs with a cast in between: where the first one's sums differ in their last bits,
+# BF16 values do here and there, and then codes. A wrong amax or another seed would be 1e-1.
+TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,8 @@ def check(base: ExpertsStep, variant: Variant) -> str:
         if reason := step.layer.one_by_one(base.x.device):
             raise ValueError(f"the experts of {timed.name!r} are multiplied one by one: {reason}")
     expected = base.with_recipe(recipe, "reference", loop=True).results()
-    backend = BACKENDS[variant.backend]
-    exact = backend.exactness(recipe).startswith("exact")
-    return f"rounded to nearest within {check_results(step.results(), expected, tolerances(backend, exact)[1]):.1e}"
+    errors = [check_results(way.results(), expected, TOLERANCE) for way in (step, replace(step, loop=True))]
+    return f"to nearest, from backend reference: {errors[0]:.1e}, {ONE_BY_ONE} {errors[1]:.1e}"
 
 
 def bench_experts(args: argparse.Namespace, shape: tuple[int, ...]) -> tuple[dict, str]:

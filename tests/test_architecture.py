@@ -57,7 +57,7 @@ ALLOWED = {
     "bench_decode": {
         "bench_inference", "bench_model", "bench_rows", "bench_tables", "benchmarks", "integration", "packed", "timing",
     },
-    "bench_experts": {"backends", "bench_rows", "bench_tables", "benchmarks", "experts", "language"},
+    "bench_experts": {"bench_rows", "bench_tables", "benchmarks", "experts", "language"},
     "bench_inference": {"bench_rows", "bench_tables", "benchmarks", "casts", "ops", "reference", "timing"},
     "quantizer_study": {"casts", "language", "reference", "rounding"},
     "captured": {"linear"},

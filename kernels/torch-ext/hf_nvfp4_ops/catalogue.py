@@ -114,7 +114,7 @@ def _amax(name: str, hadamard: int, groups: int = 0) -> Variant:
 def _grouped(name: str, a: str, b: str, layout: int | None, bias: bool = False) -> Variant:
     """A product of groups of rows; layout: None: of their columns (wgrad)."""
     fp8, wgrad = a != "bf16", layout is None
-    tiles = grouped_tiles_for(fp8, wgrad)
+    tiles = grouped_tiles_for(fp8, layout)
     across = wgrad and not fp8
     of_a = [tiles.k, tiles.m] if across else [tiles.m, tiles.k]
     of_b = [tiles.k, tiles.n] if across or layout == ACROSS else [tiles.n, tiles.k]
