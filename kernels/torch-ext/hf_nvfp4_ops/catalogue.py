@@ -111,10 +111,10 @@ def _amax(name: str, hadamard: int, groups: int = 0) -> Variant:
     return Variant(f"amax_{name}", amax_kernel, types, constexprs, options, ("M", "K", "stride", "unit"))
 
 
-def _grouped(name: str, a: str, b: str, layout: int | None, bias: bool = False) -> Variant:
-    """A product of groups of rows; layout: None: of their columns (wgrad)."""
+def _grouped(name: str, a: str, b: str, layout: int | None, hopper: bool, bias: bool = False) -> Variant:
+    """A product of groups of rows; layout: None: of their columns (wgrad). hopper: with its own tiles."""
     fp8, wgrad = a != "bf16", layout is None
-    tiles = grouped_tiles_for(fp8, layout)
+    tiles = grouped_tiles_for(fp8, layout, hopper)
     across = wgrad and not fp8
     of_a = [tiles.k, tiles.m] if across else [tiles.m, tiles.k]
     of_b = [tiles.k, tiles.n] if across or layout == ACROSS else [tiles.n, tiles.k]
@@ -135,7 +135,9 @@ def _grouped(name: str, a: str, b: str, layout: int | None, bias: bool = False) 
     kind = "e4m3|e5m2" if fp8 else "bf16"
     expect = {90: rf"wgmma\.mma_async\.\S*({kind})"} | ({} if fp8 else {80: r"mma\.sync\.\S*bf16"})
     divisible = tuple(name for name in ("M", "N", "K") if name in types)
-    return Variant(f"grouped_{name}", kernel, types, constexprs, options, divisible, 89 if fp8 else 80, expect=expect)
+    arch = {"min_arch": 90, "max_arch": 90} if hopper else {"min_arch": 89 if fp8 else 80}
+    name = f"grouped_{name}" + "_hopper" * hopper
+    return Variant(name, kernel, types, constexprs, options, divisible, **arch, expect=expect)
 
 
 def _dequantize(name: str, spec: Spec, across: bool) -> Variant:
@@ -191,14 +193,16 @@ VARIANTS = [
     _dequantize("fp8_tensor_across", _E5M2, True),
     _dequantize("mxfp4", _MXFP4, False),
     _amax("grouped", 16, groups=8),
-    _cast("grouped_nvfp4_x", *_CASTS["nvfp4_x"], groups=8),
     replace(_cast("grouped_fp8_exact_dy", *_FP8_CASTS["fp8_exact_dy"], groups=8), min_arch=89),
-    _grouped("fprop", "bf16", "bf16", ROWS, bias=True),
-    _grouped("dgrad", "bf16", "bf16", ACROSS),
-    _grouped("wgrad", "bf16", "bf16", None),
-    _grouped("fprop_fp8", "fp8e4nv", "fp8e4nv", ROWS),
-    _grouped("dgrad_fp8", "fp8e5", "fp8e4nv", SIDE_BY_SIDE),
-    _grouped("wgrad_fp8", "fp8e4nv", "fp8e4nv", None),
+    _grouped("fprop", "bf16", "bf16", ROWS, False, bias=True),
+    _grouped("wgrad", "bf16", "bf16", None, False),
+    _grouped("dgrad_fp8", "fp8e5", "fp8e4nv", SIDE_BY_SIDE, False),
+    _grouped("wgrad_fp8", "fp8e4nv", "fp8e4nv", None, False),
+    _grouped("fprop", "bf16", "bf16", ROWS, True, bias=True),
+    _grouped("dgrad", "bf16", "bf16", ACROSS, True),
+    _grouped("wgrad", "bf16", "bf16", None, True),
+    _grouped("fprop_fp8", "fp8e4nv", "fp8e4nv", ROWS, True),
+    _grouped("dgrad_fp8", "fp8e5", "fp8e4nv", SIDE_BY_SIDE, True),
     _w4a16("1_token_wide", 1, 14336, 4096),
     _w4a16("1_token_long", 1, 4096, 14336),
     _w4a16("4_tokens", 4, 14336, 4096),

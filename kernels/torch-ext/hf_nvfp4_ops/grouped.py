@@ -6,6 +6,7 @@ FP8 operands, FP32 sums, one rounding. An FP8 tensor core keeps its own sums in 
 each step of the contraction. Operands come through tensor descriptors (TMA where there is some).
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -39,8 +40,14 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles_for(fp8: bool, layout: int | None) -> Tiles:
-    """The fastest of those tried on an H200 with experts of 2048→5632. layout: None: of `columns_kernel`."""
+def tiles_for(fp8: bool, layout: int | None, hopper: bool) -> Tiles:
+    """Those to multiply with. layout: None: of `columns_kernel`.
+
+    hopper: the fastest of those tried on an H200 with experts of 2048→5632; elsewhere, where nothing was measured,
+    what registers have room for.
+    """
+    if not hopper:
+        return Tiles(128, 128, 128 if fp8 else 64, 8, 3)
     if fp8:
         return Tiles(128, 128, 128, 4, 3)
     return Tiles(128, 256, 64, 8, 3) if layout == ACROSS else Tiles(128, 128, 64, 4, 3)
@@ -168,6 +175,11 @@ def grid_of(x: Tensor) -> Grid | None:
     return GRIDS.get(names[x.dtype])
 
 
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
     """The interpreter has no FP8: it gets the bytes."""
     x = x.view(torch.uint8) if ON_INTERPRETER and x.dtype.itemsize == 1 else x
@@ -214,7 +226,7 @@ def multiply_rows(
     if bias is not None:
         check_like("bias", bias, a, bias.dtype, (count, out.shape[1]))
         check_like("ends", ends, a, torch.int32, (count,))
-    tiles = tiles_for(grid_of(a) is not None, layout) if tiles is None else Tiles(*tiles)
+    tiles = tiles_for(grid_of(a) is not None, layout, _is_hopper(a.device)) if tiles is None else Tiles(*tiles)
     of_b = [tiles.k, tiles.n] if layout == ACROSS else [tiles.n, tiles.k]
     programs = triton.cdiv(m, tiles.m) * triton.cdiv(out.shape[1], tiles.n)
     if not programs:
@@ -265,7 +277,7 @@ def multiply_columns(
     for name, scale in (("scale_a", scale_a), ("scale_b", scale_b)):
         if scale is not None:
             check_like(name, scale, a, torch.float32, (len(out),))
-    tiles = tiles_for(grid_of(a) is not None, None) if tiles is None else Tiles(*tiles)
+    tiles = tiles_for(grid_of(a) is not None, None, _is_hopper(a.device)) if tiles is None else Tiles(*tiles)
     of_a, of_b = ([tiles.k, size] if across else [size, tiles.k] for size in (tiles.m, tiles.n))
     programs = len(out) * triton.cdiv(out.shape[1], tiles.m) * triton.cdiv(out.shape[2], tiles.n)
     if not a.numel() or not b.numel():
