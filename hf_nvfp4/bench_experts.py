@@ -14,14 +14,15 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from hf_nvfp4 import bench_tables as tables
 from hf_nvfp4.bench_rows import WEIGHTS, clocked, measured, recorded, time_rows
 from hf_nvfp4.bench_tables import EXPERTS
-from hf_nvfp4.benchmarks import SEED, Variant, check_results
+from hf_nvfp4.benchmarks import SEED, TOLERANCES, Variant, check_results
 from hf_nvfp4.experts import experts_class
 from hf_nvfp4.language import Gemm, Recipe
 
 ONE_BY_ONE = "one by one"
-# Of y and all gradients, after two GEMMs with a cast in between: where the first one's sums differ in their last bits,
+# Relative errors of y and all gradients: of one expert after the other, whose layers `linear` checks; and how much more
+# all at once may be off. Between the two GEMMs there is a cast: where the first one's sums differ in their last bits,
 # BF16 values do here and there, and then codes. A wrong amax or another seed would be 1e-1.
-TOLERANCE = 5e-3
+TOLERANCE, MORE = 2e-2, 1.5
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,9 @@ def check(base: ExpertsStep, variant: Variant) -> str:
         if reason := step.layer.one_by_one(base.x.device):
             raise ValueError(f"the experts of {timed.name!r} are multiplied one by one: {reason}")
     expected = base.with_recipe(recipe, "reference", loop=True).results()
-    errors = [check_results(way.results(), expected, TOLERANCE) for way in (step, replace(step, loop=True))]
-    return f"to nearest, from backend reference: {errors[0]:.1e}, {ONE_BY_ONE} {errors[1]:.1e}"
+    alone = check_results(replace(step, loop=True).results(), expected, TOLERANCE)
+    error = check_results(step.results(), expected, max(TOLERANCES["exact"][1], MORE * alone))
+    return f"to nearest, from backend reference: {error:.1e}, {ONE_BY_ONE} {alone:.1e}"
 
 
 def bench_experts(args: argparse.Namespace, shape: tuple[int, ...]) -> tuple[dict, str]:
