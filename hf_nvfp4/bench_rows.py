@@ -139,12 +139,12 @@ def measured(args: argparse.Namespace, steps: dict[str, Step], rows: dict[str, d
     for name, step in steps.items():
         with recorded(rows[name]):
             with step.around:
-                rows[name]["saved_bytes"] = timing.saved_bytes(step.forward, [step.layer.weight])
+                rows[name]["saved_bytes"] = timing.saved_bytes(step.forward, step.owned)
             step()
             step.clear()
             rows[name]["peak_bytes"] = timing.peak_bytes(step, args.device)
             runs[name] = step
-            if not args.eager:
+            if not args.eager and not step.loop:
                 runs[name] = timing.captured(step, args.device)
                 check_replay(step, runs[name])
     return {name: run for name, run in runs.items() if "error" not in rows[name]}

@@ -5,6 +5,7 @@ import math
 from hf_nvfp4.scores import markdown_table
 
 BASE = "nn.Linear"  # in BF16; what speeds are compared with
+EXPERTS = "grouped_mm"  # Transformers' experts in BF16
 COPY = "copy"
 FP8_PRODUCTS = "FP8 products"
 COMPILED = {"regional": "each decoder block compiled by itself", "whole": "compiled as one", "none": "not compiled"}
@@ -91,6 +92,26 @@ Saved: from forward to backward, the parameters left out. Peak: what a step allo
 Amax given: every tensor's amax known beforehand, which no recipe does; what a delayed one could reach at most.
 Its launch ms is mostly the benchmark's own."""
     return f"{markdown_table([*header, 'check'], lines)}\n{notes}"
+
+
+def experts_table(shape: tuple[int, ...], rows: dict[str, dict], clocked: str) -> str:
+    """One line a variant. shape: tokens, hidden, intermediate, experts, experts a token."""
+    tokens, hidden, intermediate, _, chosen = shape
+    base, lines = rows[EXPERTS], []
+    for name, row in rows.items():
+        if "time" in row:
+            products = 6 * 3 * tokens * chosen * hidden * intermediate
+            row["flops_per_second"] = products / row["time"]["median_seconds"]
+        lines.append(
+            [name, *times(row), number(row.get("speed"), 1, 3), number(row.get("flops_per_second"), 1e12, 1),
+             *memory(row, base, "saved_bytes"), *memory(row, base, "peak_bytes"), outcome(row)]
+        )  # fmt: skip
+    header = ["experts", "ms", "launch ms", "speed", "TFLOP/s", "saved MiB", "× BF16", "peak MiB", "× BF16", "check"]
+    notes = f"""
+{EXPERTS}: Transformers' own, BF16. ms: forward and backward, {clocked}; one by one: as launched
+by the host, which waits for the GPU in between. Speed: {EXPERTS}'s time / its own. Saved: from forward to backward,
+the parameters left out. Peak: what a step allocates at most."""
+    return f"{markdown_table(header, lines)}\n{notes}"
 
 
 def inference_table(rows: dict[str, dict], layers: int, eager: bool) -> str:

@@ -154,6 +154,7 @@ class Step:
     x: Tensor
     dy: Tensor
     around: contextlib.AbstractContextManager = contextlib.nullcontext()
+    loop = False  # nothing waits for the GPU
 
     @classmethod
     def of_linear(cls, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> "Step":
@@ -190,6 +191,11 @@ class Step:
         autocast = self.layer.weight.dtype == torch.float32
         with torch.autocast(self.x.device.type, torch.bfloat16, enabled=autocast):
             return self.layer(self.x)
+
+    @property
+    def owned(self) -> list[Tensor]:
+        """What is there anyway."""
+        return [self.layer.weight]
 
     def clear(self) -> None:
         """Drop the gradients."""

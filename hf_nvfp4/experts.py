@@ -4,13 +4,16 @@ Knows Transformers' interface of experts (`use_experts_implementation`) and whic
 numerics are linear.py's.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_nvfp4.backends.grouped import why_not as why_not_grouped
 from hf_nvfp4.gemm import backend_for
+from hf_nvfp4.grouped import Taken, grouped_linear, route
 from hf_nvfp4.language import Recipe
 from hf_nvfp4.linear import NVFP4Module, Plan, compute_dtype, quantized_linear
 
@@ -51,9 +54,13 @@ class NVFP4Experts(NVFP4Module):
     norm, routing weights) is the class's own, in Transformers' order; `config._experts_implementation` has no say.
     The compute dtype and eval mode are as in `NVFP4Layer`.
 
+    All experts are multiplied at once where grouped.py can (`one_by_one` says why not): nothing waits for the GPU, so
+    that it compiles and can be captured in a CUDA graph. Else one after the other, in the same numbers but for the
+    order of sums and for the random numbers; then the number of tokens of each expert is brought to the CPU, once in a
+    forward, and torch.compile leaves that out of its graphs (`fullgraph=True` is an error of torch).
+
     An expert without tokens costs nothing, its gradient is zero. Ids from the number of experts on are nobody's:
-    expert parallelism marks tokens of other ranks so. The number of tokens of each expert is brought to the CPU, once
-    in a forward. torch.compile leaves the module out of its graphs (`fullgraph=True` is an error of torch).
+    expert parallelism marks tokens of other ranks so.
     """
 
     plain: type  # the class that this is mixed into
@@ -62,6 +69,9 @@ class NVFP4Experts(NVFP4Module):
     def convert(cls, module: nn.Module, *args, **kwargs) -> "NVFP4Experts":
         """As `NVFP4Module.convert`."""
         module.sizes = sizes_of(module)  # now: sharded, a parameter may have others
+        width = next(iter(module.sizes.values()))[1]
+        zeros = torch.zeros(1, width, device="cpu")
+        module.keeps_zeros = not (module._apply_gate(zeros) if module.has_gate else module.act_fn(zeros)).any()
         return super().convert(module, *args, **kwargs)
 
     def fit(self, recipes: dict[str, Recipe]) -> None:
@@ -81,44 +91,88 @@ class NVFP4Experts(NVFP4Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: [T, H], top_k_index, integers, and top_k_weights: [T, k] -> [T, H] in hidden_states' dtype."""
-        dtype, count = compute_dtype(hidden_states, self), self.down_proj.shape[0]
+        if not hidden_states.numel() or self.one_by_one(hidden_states.device):
+            return self.forward_one_by_one(hidden_states, top_k_index, top_k_weights)
+        dtype = compute_dtype(hidden_states, self)
+        routing = route(top_k_index, self.down_proj.shape[0])
+        x = Taken.apply(hidden_states, routing.rows, routing.places, top_k_index.shape[1])
+
+        def multiply(x: Tensor, name: str) -> Tensor:
+            weight, biases, plan = self._parts(name, x.device, dtype)
+            return grouped_linear(x, weight, biases, plan, routing)
+
+        x = self._between(x, multiply)
+        return self._weighted(Taken.apply(x, routing.places, routing.rows, 1), top_k_weights, hidden_states.dtype)
+
+    def one_by_one(self, device: torch.device) -> str | None:
+        """Why experts are multiplied one after the other on a device, None if at once."""
+        if not self.keeps_zeros:
+            return "the activation makes something of zeros, with which an expert's tokens would be padded"
+        for name, (_, out_features) in self.sizes.items():
+            recipe = self._recipe(name)
+            if reason := why_not_grouped(recipe, backend_for(self.backend, recipe, device), device, out_features):
+                return reason
+        return None
+
+    def forward_one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As `forward`, one expert after the other."""
+        dtype = compute_dtype(hidden_states, self)
+        count = self.down_proj.shape[0]
         ids, order = top_k_index.reshape(-1).sort(stable=True)  # order: sorted place -> place
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         bounds = torch.searchsorted(ids, torch.arange(count + 1, device=ids.device, dtype=ids.dtype))
         tokens = bounds.diff().tolist()  # of each expert
-        up, down = self.sizes
-        x = _Taken.apply(hidden_states, order, places, top_k_index.shape[1])[: sum(tokens)]
-        x = self._multiply(x, up, tokens, dtype)
-        x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
-        x = self._multiply(x, down, tokens, dtype)
-        if getattr(self, "has_post_expert_norm", False):
-            x = self.post_expert_norm(x)
+        x = Taken.apply(hidden_states, order, places, top_k_index.shape[1])[: sum(tokens)]
+
+        def multiply(x: Tensor, name: str) -> Tensor:
+            weight, biases, plan = self._parts(name, x.device, dtype)
+            # Sliced at once: backward makes one gradient of all.
+            each = weight.unbind(), [None] * count if biases is None else biases.unbind()
+            parts = [part for part in zip(x.split(tokens), *each, strict=True) if len(part[0])]
+            # Without any token, one expert multiplies none: there are gradients, of zeros.
+            parts = parts or [(x, *(part[0] for part in each))]
+            return torch.cat([quantized_linear(*part, plan) for part in parts])
+
+        x = self._between(x, multiply)
         if len(x) < len(order):
             x = F.pad(x, (0, 0, 0, len(order) - len(x)))  # what is nobody's
-        y = _Taken.apply(x, places, order, 1) * top_k_weights.reshape(-1, 1)
-        return y.unflatten(0, top_k_index.shape).sum(1).to(hidden_states.dtype)
+        return self._weighted(Taken.apply(x, places, order, 1), top_k_weights, hidden_states.dtype)
 
-    def _multiply(self, x: Tensor, name: str, tokens: list[int], dtype: torch.dtype) -> Tensor:
-        """x [S, K], sorted by expert, times each one's matrix of that name -> [S, N] in dtype."""
+    def _between(self, x: Tensor, multiply: Callable[[Tensor, str], Tensor]) -> Tensor:
+        """x [S, H] through both GEMMs, by multiply(x, parameter's name), and what the class does between them."""
+        up, down = self.sizes
+        x = multiply(x, up)
+        x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+        x = multiply(x, down)
+        return self.post_expert_norm(x) if getattr(self, "has_post_expert_norm", False) else x
+
+    @staticmethod
+    def _weighted(y: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """What each token's experts gave, y [T · k, H], times their weights [T, k], added up: [T, H]."""
+        return (y * weights.reshape(-1, 1)).unflatten(0, weights.shape).sum(1).to(dtype)
+
+    def _recipe(self, name: str) -> Recipe:
+        return (self.train_recipes if self.training else self.eval_recipes)[name]
+
+    def _parts(self, name: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Plan]:
+        """Of the matrices of that name: [E, N, K], their biases [E, N] or None, and how they are multiplied."""
         weight = getattr(self, name)
         if hasattr(weight, "full_tensor"):
             raise TypeError(
                 f"{type(self).__name__}: {name} is a DTensor in the forward, and experts need plain tensors. Shard "
                 "with FSDP2 (fully_shard), which gathers them first, or with Transformers' DistributedConfig."
             )
-        # Sliced at once: backward makes one gradient of all.
-        weights = (weight.transpose(1, 2) if self.is_transposed else weight).unbind()
-        biases = getattr(self, f"{name}_bias").unbind() if self.has_bias else [None] * len(weights)
-        recipe = (self.train_recipes if self.training else self.eval_recipes)[name]
-        wgrad = weight.requires_grad and torch.is_grad_enabled()
-        plan = Plan(recipe, backend_for(self.backend, recipe, x.device), dtype, wgrad, None)
-        parts = [part for part in zip(x.split(tokens), weights, biases, strict=True) if len(part[0])]
-        # Without any token, one expert multiplies none: there are gradients, of zeros.
-        return torch.cat([quantized_linear(*part, plan) for part in parts or [(x, weights[0], biases[0])]])
+        recipe, wgrad = self._recipe(name), weight.requires_grad and torch.is_grad_enabled()
+        plan = Plan(recipe, backend_for(self.backend, recipe, device), dtype, wgrad, None)
+        weight = weight.transpose(1, 2) if self.is_transposed else weight
+        return weight, getattr(self, f"{name}_bias") if self.has_bias else None, plan
 
     def extra_repr(self) -> str:
         matrices = ", ".join(f"{name}={k}→{n}" for name, (k, n) in self.sizes.items())
-        return f"experts={self.down_proj.shape[0]}, {matrices}, {self.describe(self.down_proj.device)}"
+        device = self.down_proj.device
+        reason = "unknown yet" if device.type == "meta" else self.one_by_one(device)
+        how = f"one by one ({reason})" if reason else "at once"
+        return f"experts={self.down_proj.shape[0]}, {matrices}, {self.describe(device)}, {how}"
 
     def __reduce__(self):
         """Pickles of modules name the class that there is in a file, not the one that is made here."""
@@ -129,8 +183,8 @@ class NVFP4Experts(NVFP4Module):
 def experts_class(plain: type) -> type[NVFP4Experts]:
     """The class of `plain`'s experts that multiply as a recipe says."""
     # A loop over lists of tokens whose lengths differ each time would be compiled again and again.
-    forward = torch.compiler.disable(NVFP4Experts.forward)
-    attributes = {"plain": plain, "forward": forward, "__doc__": NVFP4Experts.__doc__}
+    loop = torch.compiler.disable(NVFP4Experts.forward_one_by_one)
+    attributes = {"plain": plain, "forward_one_by_one": loop, "__doc__": NVFP4Experts.__doc__}
     return type(f"NVFP4{plain.__name__}", (NVFP4Experts, plain), attributes)
 
 
@@ -143,25 +197,6 @@ def restore(model: nn.Module) -> int:
     found = [module for module in model.modules() if isinstance(module, NVFP4Experts)]
     for experts in found:
         experts.__class__ = experts.plain
-        for name in ("sizes", "recipe", "backend", "high_precision", "train_recipes", "eval_recipes"):
+        for name in ("sizes", "recipe", "backend", "high_precision", "train_recipes", "eval_recipes", "keeps_zeros"):
             delattr(experts, name)
     return len(found)
-
-
-class _Taken(torch.autograd.Function):
-    """Rows of x [T, H], each of which stands `copies` times in a row, in the order of `rows` [T · copies].
-
-    places: the inverse of rows. Backward adds a row's gradients in a fixed order, unlike those of an index.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, rows: Tensor, places: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.copies = copies
-        return x[rows // copies]
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        (places,) = ctx.saved_tensors
-        dx = dy[places]
-        return dx if ctx.copies == 1 else dx.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None

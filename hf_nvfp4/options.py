@@ -25,7 +25,7 @@ from hf_nvfp4.sizes import SIZES
 class ModelArguments:
     """Which model, and in which precision it trains."""
 
-    size: str = field(default="tiny", metadata={"choices": list(SIZES), "help": "A Llama of this size, from scratch."})
+    size: str = field(default="tiny", metadata={"choices": list(SIZES), "help": "A model of this size, from scratch."})
     config_name: str | None = field(
         default=None, metadata={"help": "From scratch too, but this architecture: a config.json, folder or Hub name."}
     )

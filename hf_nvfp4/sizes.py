@@ -1,11 +1,11 @@
-"""Named Llama models to train from scratch, with settings to start each one with, and to time. Pure data."""
+"""Named Llamas, and a Mixtral and a Qwen3-MoE of like width, to train from scratch and to time. Pure data."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's shape, and the tokens of one forward pass.
+    """A Llama's shape, or that of one with experts, and the tokens of one forward pass.
 
     Head dimension 64 (tiny) or 128. All features are multiples of 64, so that every linear can be NVFP4.
     """
@@ -19,24 +19,36 @@ class Shape:
     sequence_length: int
     batch: int  # sequences a device and a forward pass
     key_value_heads: int | None = field(default=None, kw_only=True)  # None: as many as heads
+    architecture: str = field(default="llama", kw_only=True)  # or "mixtral", "qwen3_moe"
+    experts: int = field(default=0, kw_only=True)  # each with `intermediate`; their loads are not balanced by a loss
+    experts_per_token: int = field(default=0, kw_only=True)
 
     def config(self, vocabulary: int, sequence_length: int, special_tokens: dict):
-        """A LlamaConfig. vocabulary: the tokenizer's, here rounded up to a multiple of 64.
+        """A config of its architecture. vocabulary: the tokenizer's, here rounded up to a multiple of 64.
 
         special_tokens: bos_token_id, eos_token_id, pad_token_id of the tokenizer.
         """
-        from transformers import LlamaConfig
+        from transformers import AutoConfig
 
-        return LlamaConfig(
+        own = {}
+        if self.experts:
+            count = "num_local_experts" if self.architecture == "mixtral" else "num_experts"
+            own = {count: self.experts, "num_experts_per_tok": self.experts_per_token}
+        if self.architecture == "qwen3_moe":
+            own |= {"moe_intermediate_size": self.intermediate, "head_dim": self.hidden // self.heads}
+            own |= {"norm_topk_prob": True}
+        return AutoConfig.for_model(
+            self.architecture,
             vocab_size=-(-vocabulary // 64) * 64,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
-            num_key_value_heads=self.key_value_heads,
+            num_key_value_heads=self.key_value_heads or self.heads,
             tie_word_embeddings=self.tied,
             max_position_embeddings=sequence_length,  # what it was trained for, and lm-eval's windows
             use_cache=True,
+            **own,
             **special_tokens,
         )
 
@@ -71,6 +83,11 @@ class Size(Shape):
 SIZES = {
     "tiny": Size(4,   192,   640,   3, True,   4096,  256,   4,   1,   400, 3e-3, 0.3, 40_000),
     "30m":  Size(6,   640,  1792,   5, True,  16384,  512,  64,   1, 18000, 1.2e-3),
+    # With experts, as many parameters at work for a token as 30m; 92M and 175M without the embeddings.
+    "moe-mixtral": Size(6, 640,  896,   5, True,  16384,  512,  64,   1, 18000, 1.2e-3,
+                        architecture="mixtral", experts=8, experts_per_token=2),
+    "moe-qwen3":   Size(6, 640,  448,   5, True,  16384,  512,  64,   1, 18000, 1.2e-3,
+                        architecture="qwen3_moe", experts=32, experts_per_token=4),
     "60m":  Size(8,   768,  2048,   6, True,  16384,  512,  64,   2, 17000, 1e-3),
     "125m": Size(10, 1024,  2816,   8, True,  32768, 1024,  32,   8, 10000, 8e-4),
     "350m": Size(18, 1280,  3456,  10, False, 32768, 2048,   8,  32, 14000, 6e-4),

@@ -4,6 +4,8 @@
     python scripts/bench.py casts linear --json bench.json
     python scripts/bench.py casts --casts all --cast_shapes 16384x4096
     python scripts/bench.py linear --recipes nvfp4_hopper nvfp4@bf16 fp8_tensor@fp8 --amax given --torchao tensorwise
+    # Fused experts, forward + backward, against Transformers' grouped_mm in BF16
+    python scripts/bench.py experts --recipes nvfp4@bf16 nvfp4_hopper@fp8
     # Your own model, on your own GPU: steps of Trainer, then each of its layers alone, and where BF16 is faster
     python scripts/bench.py --model Qwen/Qwen3-0.6B --recipes nvfp4_hopper --compile
     python scripts/bench.py --model 8b --layers 5 --keep_bf16_last 0 --compile --torchao tensorwise rowwise
@@ -39,12 +41,13 @@ from hf_nvfp4.scores import write_json
 from hf_nvfp4.sizes import SIZES, TIMED
 
 SCHEMA = 2
-BENCHMARKS = ["casts", "linear", "inference", "decode", "model"]
+BENCHMARKS = ["casts", "linear", "experts", "inference", "decode", "model"]
 MAIN_CASTS = ["rne", "sr", "2d", "rht", "rht_sr"]
 DEFAULTS = {
     "cuda": {
         "cast_shapes": [(16384, 4096), (16384, 14336)],
         "linear_shapes": [(16384, 4096, 14336), (16384, 2048, 8192), (16384, 2048, 2048)],
+        "experts_shapes": [(16384, 2048, 5632, 8, 2)],
         "inference_shapes": [(4096, 14336), (14336, 4096)],
         "layers_in_a_row": 32,
         "model": "350m",
@@ -54,6 +57,7 @@ DEFAULTS = {
     "cpu": {
         "cast_shapes": [(1024, 1024)],
         "linear_shapes": [(512, 512, 1024)],
+        "experts_shapes": [(64, 64, 96, 4, 2)],
         "inference_shapes": [(256, 512)],
         "layers_in_a_row": 2,
         "model": "tiny",
@@ -100,7 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     casts("--casts", nargs="+", default=MAIN_CASTS, metavar="C", help=f"all, or of {', '.join(CASTS)}")
     casts("--cast_shapes", nargs="+", type=shape_of(2), metavar="MxK")
     add_inference_options(parser.add_argument_group("inference").add_argument)
-    add_layer_options(parser.add_argument_group("linear").add_argument)
+    add_layer_options(parser.add_argument_group("linear, experts").add_argument)
     add_model_options(parser.add_argument_group("model").add_argument)
     args = parser.parse_args(argv)
     complete(args, parser)
@@ -108,8 +112,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_layer_options(add) -> None:
-    """Those of linear."""
+    """Those of linear and experts."""
     add("--linear_shapes", nargs="+", type=shape_of(3), metavar="TxKxN", help="tokens, in, out features")
+    add(
+        "--experts_shapes",
+        nargs="+",
+        type=shape_of(5),
+        metavar="TxHxIxExK",
+        help="tokens, hidden, intermediate, experts, experts a token",
+    )
     add("--weights", choices=WEIGHTS, default="bfloat16", help="float32 runs under BF16 autocast")
     add("--eager", action="store_true", help="time calls as the host launches them, not as CUDA graphs")
     add(
@@ -188,6 +199,8 @@ def complete(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     counts = (args.rounds, args.batch, args.sequence_length, args.steps, args.layers_in_a_row, *args.batches)
     if min(counts) < 1:
         parser.error("--rounds, --batch, --sequence_length, --steps, --layers_in_a_row, --batches are at least 1")
+    if any(h % 16 or i % 16 or k > e for _, h, i, e, k in args.experts_shapes):
+        parser.error("--experts_shapes: sizes are multiples of 16, and a token has no more experts than there are")
     if any(size & (size - 1) for tiles in args.tiles for size in tiles[:1]):
         parser.error("--tiles: the number of warps is a power of two")
     if any(tiles[-1] not in (1, 2, 4) for tiles in args.tiles):
@@ -257,12 +270,21 @@ def decode(args: argparse.Namespace) -> tuple[dict, str]:
     return bench_decode(args)
 
 
+def experts(args: argparse.Namespace, shape: tuple[int, ...]) -> tuple[dict, str]:
+    """Fused experts; see bench_experts."""
+    from hf_nvfp4.bench_experts import bench_experts  # as in `decode`
+
+    return bench_experts(args, shape)
+
+
 def benchmarks(args: argparse.Namespace):
     """(kind, what is special about it, a function that does it) of all that was asked for."""
     for shape in args.cast_shapes if "casts" in args.what else ():
         yield "casts", {"shape": shape}, partial(bench_casts, args, shape)
     for shape in args.linear_shapes if "linear" in args.what else ():
         yield "linear", {"shape": shape}, partial(bench_linear, args, shape)
+    for shape in args.experts_shapes if "experts" in args.what else ():
+        yield "experts", {"shape": shape}, partial(experts, args, shape)
     for shape in args.inference_shapes if "inference" in args.what else ():
         yield "inference", {"shape": shape}, partial(bench_inference, args, shape)
     if "decode" in args.what:

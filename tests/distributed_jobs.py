@@ -22,12 +22,20 @@ from torch import distributed as dist
 from torch import multiprocessing
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.distributed import DistributedConfig
 
 from hf_nvfp4 import Cast, NVFP4TrainingConfig, Recipe, quantize_model
 from hf_nvfp4.rounding import draw_seed
 from hf_nvfp4.runlog import SafeTrainer, publish_model
+from hf_nvfp4.tiny_configs import tiny_config
 
 SECONDS = 60  # that a job may take
 # Recipe nvfp4, everything rounded to nearest.
@@ -122,6 +130,36 @@ def steps(rank: int, folder: Path) -> dict:
         "fsdp2, offload": step(offloaded(), [rank]),
         "seeds": [draw_seed(cpu, torch.Generator().manual_seed(3), by_rank) for by_rank in (True, False)],
     }
+
+
+# ---------------------------------------------------------------------------- experts
+
+
+def mixtral():
+    """A Mixtral of 2 blocks in FP32, its experts converted, the same each time. Without wgrad, see `experts`."""
+    torch.manual_seed(1)
+    model = MixtralForCausalLM(tiny_config(MixtralConfig))
+    recipe = Recipe("nearest", NEAREST.fprop, NEAREST.dgrad, (Cast("bf16"), Cast("bf16")))
+    quantize_model(model, NVFP4TrainingConfig(recipe={"experts": recipe}, keep_bf16_last=0))
+    return model
+
+
+def experts(rank: int, folder: Path) -> dict:
+    """A step with half of the experts on each process; micro-batch 0 on both, and a micro-batch each.
+
+    Expert parallelism hands an expert its tokens in another order, and wgrad has other blocks then: it is BF16 here.
+    """
+    if not hasattr(DistributedConfig, "ep_size"):  # an older Transformers
+        return {}
+    if rank == 0:
+        mixtral().save_pretrained(folder / "mixtral")
+    dist.barrier()
+    found = {}
+    for layout, number in (("tp_size", 0), ("fsdp_size", rank)):
+        config = DistributedConfig(**{layout: 2, "ep_size": 2})
+        model = AutoModelForCausalLM.from_pretrained(folder / "mixtral", distributed_config=config, dtype=torch.float32)
+        found[layout] = step(model.train(), [number])
+    return found
 
 
 # ---------------------------------------------------------------------------- training
@@ -230,8 +268,6 @@ def train_fsdp2_one(rank: int, folder: Path) -> dict:
     return {"sharded": trained(train(folder / "sharded_one", **SHARDED))}
 
 
-
-
 # ---------------------------------------------------------------------------- processes that die
 
 
@@ -301,6 +337,7 @@ def resume_fsdp2_one(rank: int, folder: Path) -> dict:
 # How many each job has.
 JOBS = {
     steps: 2,
+    experts: 2,
     train_one: 1,
     train_fsdp2_one: 1,
     train_ddp: 2,

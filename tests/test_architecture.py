@@ -24,7 +24,8 @@ ALLOWED = {
     "conditioning": {"casts", "language", "reference", "rounding"},
     "linear": {"casts", "conditioning", "gemm", "language", "recipes", "sharing"},
     "conv1d": {"linear"},
-    "experts": {"gemm", "language", "linear"},
+    "grouped": {"backends", "linear"},
+    "experts": {"backends", "gemm", "grouped", "language", "linear"},
     "weight_reads": set(),
     "convert": {"backends", "conv1d", "experts", "gemm", "language", "linear", "weight_reads"},
     "schedule": {"casts", "convert", "language", "linear"},
@@ -56,6 +57,7 @@ ALLOWED = {
     "bench_decode": {
         "bench_inference", "bench_model", "bench_rows", "bench_tables", "benchmarks", "integration", "packed", "timing",
     },
+    "bench_experts": {"bench_rows", "bench_tables", "benchmarks", "experts", "language"},
     "bench_inference": {"bench_rows", "bench_tables", "benchmarks", "casts", "ops", "reference", "timing"},
     "quantizer_study": {"casts", "language", "reference", "rounding"},
     "captured": {"linear"},

@@ -176,6 +176,19 @@ def _one_code_off(cast):
     return off
 
 
+def test_experts(bench, tmp_path, monkeypatch, device):
+    if device.type == "cpu" and not pytest.importorskip("hf_nvfp4.ops.launch").INTERPRETED:
+        pytest.skip("experts at once need a GPU, or TRITON_INTERPRET=1")
+    monkeypatch.setattr(bf16, "KERNEL_DEVICES", {device.type})
+    argv = ["--experts_shapes", "9x32x48x3x2", "--recipes", "bf16", "nvfp4@reference"]
+    status, report = run(bench, tmp_path, "experts", *argv)
+    (rows,) = (result["rows"] for result in report["results"])
+    assert status == 1 and list(rows)[:3] == ["grouped_mm", "bf16", "bf16, one by one"]
+    assert rows["bf16"]["check"].startswith("to nearest, from backend reference: ") and rows["bf16"]["speed"] > 0
+    assert rows["bf16, one by one"]["saved_bytes"] < rows["bf16"]["saved_bytes"]  # which pads the tokens
+    assert "backend 'reference' has no grouped GEMMs" in rows["nvfp4@reference"]["error"]
+
+
 def linear_rows(bench, *argv):
     """Rows of a layer of 32 tokens, 64 → 64, timed as if there were CUDA graphs."""
     args = bench.parse(["linear", "--inductor", "none", *argv, *SMALL])
@@ -246,7 +259,7 @@ def test_another_seed_and_nan_are_wrong(device):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["sing"], "unknown benchmark 'sing'; known: casts, linear, inference, decode, model"),
+        (["sing"], "unknown benchmark 'sing'; known: casts, linear, experts, inference, decode, model"),
         (["--recipes", "nvfp4@bf61"], "Did you mean 'bf16'?"),
         (["--recipes", "nvfp4@fp8"], "backend 'fp8'"),
         (["--torchao", "rowwise"], "pip install torchao"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_jobs import JOBS, llama, step, tokens, whole
+from distributed_jobs import JOBS, llama, mixtral, step, tokens, whole
 from transformers import AutoModelForCausalLM
 
 from hf_nvfp4.runlog import find_checkpoint
@@ -160,6 +160,20 @@ def test_distributed_training_in_shards_publishes_a_whole_model(results, folder)
     assert_same({name: whole(p) for name, p in model.named_parameters()}, result["sharded"]["weights"])
     assert model.nvfp4_decisions and model(**ids).loss.isfinite()
     assert (folder / "sharded" / "checkpoint-2" / "config.json").exists()  # what --resume_from_checkpoint looks at
+
+
+@pytest.mark.parametrize("layout, batches", [("tp_size", 1), ("fsdp_size", 2)])
+def test_distributed_experts_are_those_of_one_process(results, layout, batches):
+    """Half of them on each process. An expert is cast with the tokens of all processes: one batch of all here."""
+    model, parts = mixtral(), [tokens(number) for number in range(batches)]
+    loss = model(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}).loss
+    loss.backward()
+    found = [result.get(layout) for result in results("experts")]
+    if None in found:
+        pytest.skip("expert parallelism needs a newer Transformers")
+    assert sum(rank["losses"][0] for rank in found) / 2 == pytest.approx(loss.item(), rel=1e-6)
+    for rank in found:
+        assert_same(rank["gradients"], {name: p.grad for name, p in model.named_parameters()}, 1e-4)
 
 
 # ---------------------------------------------------------------------------- processes that die

@@ -171,18 +171,19 @@ def _by_torch(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool) -> 
 
 
 def _by_kernels(x: Tensor, row: Cast | None, col: Cast | None, signs: Tensor | None) -> tuple:
-    rows, columns = bf16.kernels.quantize_both(x, row, _written(row), col, _written(col), signs)
-    return row and _operand(rows, row), col and _operand(columns, col)
+    rows, columns = bf16.kernels.quantize_both(x, row, written(row), col, written(col), signs)
+    return row and operand(rows, row), col and operand(columns, col)
 
 
-def _written(cast: Cast | None) -> int:
+def written(cast: Cast | None) -> int:
     """What the kernels write for a cast."""
     if cast is None:
         return bf16.kernels.ops.NOTHING
     return bf16.kernels.ops.FP8 if is_nvfp4(cast) else bf16.kernels.ops.CODES
 
 
-def _operand(written: list[Tensor | None], cast: Cast) -> Operand:
+def operand(written: list[Tensor | None], cast: Cast) -> Operand:
+    """What the kernels wrote: data, block scales, FP32 scale."""
     values, scales, scale = written
     return Operand(values.view(_dtype(cast)), scales, scale, cast)
 

@@ -62,34 +62,47 @@ class Kept(Packed):
         return rescaled(values(self), self.tensor_scale, dtype)
 
 
-def amax(x: Tensor, row: Cast | None, col: Cast | None) -> Tensor:
-    """FP32 largest magnitudes that a cast of both orientations needs: [2] or [1], see ops.cast; [M] for rows' own."""
+def amax(x: Tensor, row: Cast | None, col: Cast | None, groups: tuple = ()) -> Tensor:
+    """FP32 largest magnitudes that a cast of both orientations needs: [2] or [1], see ops.cast; [M] for rows' own.
+
+    groups: the arguments of ops.amax of that name and after it: [count, 2], of casts without scales for rows.
+    """
     of_row = row is not None and row.block_format.tensor_scale
     of_col = col is not None and col.block_format.tensor_scale
     if of_row and row.outer == "row":
         return x.abs().amax(1).float()
     if not (of_row or of_col):
-        return x.new_empty(1, dtype=torch.float32)
+        return x.new_empty((groups[2], 2) if groups else 1, dtype=torch.float32)
     if of_col and col.outer != "bound" and col.hadamard:
-        return ops.amax(x, of_row, col.hadamard)
-    if not torch.compiler.is_compiling():
-        return ops.amax(x, True, 0 if of_col and col.outer != "bound" else -1)
+        return ops.amax(x, of_row, col.hadamard, *groups)
+    if groups or not torch.compiler.is_compiling():
+        return ops.amax(x, True, 0 if of_col and col.outer != "bound" else -1, *groups)
     # Not by an operator: inductor makes this a part of the kernel that makes x. By rows first, as such kernels run; a
     # reduction of all at once is split otherwise, and reads what x is made of once more.
     largest = x.abs().amax(1).amax().float()
     return torch.stack((largest, largest)) if of_col and col.outer != "bound" else largest.reshape(1)
 
 
-def quantize(x: Tensor, row: Cast | None, row_out: int, col: Cast | None, col_out: int, largest: Tensor | None = None):
+def quantize(
+    x: Tensor,
+    row: Cast | None,
+    row_out: int,
+    col: Cast | None,
+    col_out: int,
+    largest: Tensor | None = None,
+    groups: tuple = (),
+):
     """Casts that the kernels know: amax (unless `largest` is it), seeds and the cast itself.
+
+    groups: as `amax` takes them.
 
     Returns data, block scales (None without) and FP32 scale of each orientation, Nones for one not asked for.
     """
     if largest is None:
-        largest = amax(x, row, col)
+        largest = amax(x, row, col, groups)
     seeds = [draw_seed(x.device) if c is not None and c.rounding != "nearest" else None for c in (row, col)]
     texts = [None if c is None else spec(c) for c in (row, col)]
-    out = ops.cast(x, largest, *seeds, texts[0], row_out, texts[1], col_out)
+    out = ops.cast(x, largest, *seeds, texts[0], row_out, texts[1], col_out, *groups)
     split = _written(row, row_out)
     return [*_three(out[:split], row), *_three(out[split:], col)]
 
@@ -165,10 +178,11 @@ def cast(x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool, signs: T
 def _kernel_column(col: Cast, keep: bool) -> bool:
     """Whether the kernels quantize xᵀ from x. Square blocks are the same both ways: values are transposed instead."""
     fits = col.hadamard <= 16 and col.outer != "row" and not col.block_format.high_precision
-    return fits and (keep or not _same_both_ways(col))
+    return fits and (keep or not same_both_ways(col))
 
 
-def _same_both_ways(cast: Cast) -> bool:
+def same_both_ways(cast: Cast) -> bool:
+    """Whether a tensor's values are those of its transpose."""
     return cast.square and cast.rounding == "nearest"
 
 
@@ -187,7 +201,7 @@ def _alone(
 
 
 def _alone_transposed(x: Tensor, cast: Cast, keep: bool, signs: Tensor | None) -> Operand | QuantizedTensor:
-    if _same_both_ways(cast) and not keep:
+    if same_both_ways(cast) and not keep:
         square = _alone(transposed(x, cast).T, cast)
         return Operand(square.values.T, square.scale, cast)
     return _alone(x, cast, keep, True, signs)

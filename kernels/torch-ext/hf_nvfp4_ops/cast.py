@@ -164,26 +164,27 @@ def _prepared(v, P: tl.constexpr):
 
 
 @triton.jit
-def amax_kernel(x_ptr, out_ptr, M, K, stride, ROW: tl.constexpr, COL: tl.constexpr, EVEN: tl.constexpr,
-                R: tl.constexpr, B: tl.constexpr, RC: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """out: int32 [2], zeros before: bits of the largest magnitude of x, and of the rotated xᵀ."""
-    across = tl.cdiv(K, B * 16)
-    row_largest = tl.zeros((R, B), tl.int32)
-    col_largest = tl.zeros((RC, BC), tl.int32)
-    for tile in range(tl.program_id(0), tl.cdiv(M, R) * across, tl.num_programs(0)):
-        first_row, first_column = tile // across * R, tile % across * B * 16
-        if ROW.on:
-            rows = first_row + tl.arange(0, R)
-            groups = first_column // 16 + tl.arange(0, B)
-            largest = largest16(_load_rows(x_ptr, rows, groups, stride, M, K, EVEN))
-            row_largest = tl.maximum(row_largest, as_int(largest))
-        if COL.on:
-            columns = first_column + tl.arange(0, RC)
-            groups = first_row // 16 + tl.arange(0, BC)
-            v = _load_columns(x_ptr, columns, groups, stride, M, K, EVEN)
-            if COL.hadamard:
-                v = rotate(v, COL.hadamard)
-            col_largest = tl.maximum(col_largest, as_int(largest16(v)))
+def _tile_largest(x_ptr, row_largest, col_largest, first_row, first_column, M, K, stride,
+                  ROW: tl.constexpr, COL: tl.constexpr, EVEN: tl.constexpr,
+                  R: tl.constexpr, B: tl.constexpr, RC: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """The bits of the largest magnitudes so far, [R, B] and [RC, BC], with those of one more tile."""
+    if ROW.on:
+        rows = first_row + tl.arange(0, R)
+        groups = first_column // 16 + tl.arange(0, B)
+        largest = largest16(_load_rows(x_ptr, rows, groups, stride, M, K, EVEN))
+        row_largest = tl.maximum(row_largest, as_int(largest))
+    if COL.on:
+        columns = first_column + tl.arange(0, RC)
+        groups = first_row // 16 + tl.arange(0, BC)
+        v = _load_columns(x_ptr, columns, groups, stride, M, K, EVEN)
+        if COL.hadamard:
+            v = rotate(v, COL.hadamard)
+        col_largest = tl.maximum(col_largest, as_int(largest16(v)))
+    return row_largest, col_largest
+
+
+@triton.jit
+def _write_largest(out_ptr, row_largest, col_largest, ROW: tl.constexpr, COL: tl.constexpr):
     if ROW.on:
         tl.atomic_max(out_ptr, tl.max(row_largest), sem="relaxed")
     if COL.on:
@@ -191,6 +192,46 @@ def amax_kernel(x_ptr, out_ptr, M, K, stride, ROW: tl.constexpr, COL: tl.constex
         if COL.hadamard:  # rounding keeps the order, so the largest is rounded alone
             largest = round_bf16(largest * COL.hadamard_factor)
         tl.atomic_max(out_ptr + 1, as_int(largest), sem="relaxed")
+
+
+@triton.jit
+def amax_kernel(x_ptr, out_ptr, groups_ptr, M, K, stride, unit,
+                ROW: tl.constexpr, COL: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr,
+                R: tl.constexpr, B: tl.constexpr, RC: tl.constexpr, BC: tl.constexpr):  # fmt: skip
+    """out: int32 [2], zeros before: bits of the largest magnitude of x, and of the rotated xᵀ.
+
+    GROUPS: not 0: out is [GROUPS, 2]; groups_ptr has the group of each `unit` rows, -1 for those not to be looked at.
+    """
+    across = tl.cdiv(K, B * 16)
+    tiles = tl.cdiv(M, R) * across
+    row_largest = tl.zeros((R, B), tl.int32)
+    col_largest = tl.zeros((RC, BC), tl.int32)
+    if GROUPS:  # neighbours, so that the group changes seldom
+        each = tl.cdiv(tiles, tl.num_programs(0))
+        group = -1
+        for tile in range(tl.program_id(0) * each, tl.minimum(tiles, tl.program_id(0) * each + each)):
+            first_row = tile // across * R
+            next_group = tl.load(groups_ptr + first_row // unit)
+            if next_group != group:
+                if group >= 0:
+                    _write_largest(out_ptr + 2 * group, row_largest, col_largest, ROW, COL)
+                row_largest = tl.zeros((R, B), tl.int32)
+                col_largest = tl.zeros((RC, BC), tl.int32)
+            group = next_group
+            if group >= 0:
+                row_largest, col_largest = _tile_largest(
+                    x_ptr, row_largest, col_largest, first_row, tile % across * B * 16, M, K, stride,
+                    ROW, COL, EVEN, R, B, RC, BC,
+                )  # fmt: skip
+        if group >= 0:
+            _write_largest(out_ptr + 2 * group, row_largest, col_largest, ROW, COL)
+    else:
+        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            row_largest, col_largest = _tile_largest(
+                x_ptr, row_largest, col_largest, tile // across * R, tile % across * B * 16, M, K, stride,
+                ROW, COL, EVEN, R, B, RC, BC,
+            )  # fmt: skip
+        _write_largest(out_ptr, row_largest, col_largest, ROW, COL)
 
 
 # ---------------------------------------------------------------------------- cast
@@ -249,11 +290,12 @@ def _above(amax, P: tl.constexpr, OUT: tl.constexpr):
 
 
 @triton.jit
-def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr,
+def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr, groups_ptr,
                 row_ptr, row_scales_ptr, row_scale_ptr, col_ptr, col_scales_ptr, col_scale_ptr,
-                M, K, stride, M_PADDED,
+                M, K, stride, M_PADDED, unit,
                 ROW: tl.constexpr, ROW_OUT: tl.constexpr, COL: tl.constexpr, COL_OUT: tl.constexpr,
-                EVEN: tl.constexpr, R: tl.constexpr, B: tl.constexpr, RC: tl.constexpr, BC: tl.constexpr,
+                EVEN: tl.constexpr, GROUPS: tl.constexpr,
+                R: tl.constexpr, B: tl.constexpr, RC: tl.constexpr, BC: tl.constexpr,
                 HARDWARE: tl.constexpr = 0):  # fmt: skip
     """One tile of x [M, K] (contiguous along K): R × 16·B of it by rows, and the same part by columns (RC × 16·BC).
 
@@ -261,10 +303,25 @@ def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr,
     row_ptr: values BF16 [M, K], or codes or bytes; col_ptr: values BF16 [M_PADDED, K], or codes or bytes of
     [K, M_PADDED].
     row_scale_ptr, col_scale_ptr: the FP32 scale above them.
+    GROUPS: not 0: amax is [GROUPS, 2] and the scales above are [GROUPS]; groups_ptr has the group of each `unit` rows,
+    -1 for those not to be written. There are at least as many programs as groups.
     HARDWARE: which conversion instructions to use for E2M1 codes, see conversion.py.
     """
     across = tl.cdiv(K, B * 16)
     first_row, first_column = tl.program_id(0) // across * R, tl.program_id(0) % across * (B * 16)
+    # Whose scales above a program writes, where there is one for all of a tensor or group.
+    writer = tl.program_id(0) < (GROUPS if GROUPS else 1)
+    amax_at = amax_ptr + 2 * tl.program_id(0)
+    if ROW.on and not ROW.per_row and writer:
+        tl.store(row_scale_ptr + tl.program_id(0), _above(tl.load(amax_at) * ROW.bound, ROW, ROW_OUT))
+    if COL.on and writer:
+        tl.store(col_scale_ptr + tl.program_id(0), _above(tl.load(amax_at + COL.amax_at) * COL.bound, COL, COL_OUT))
+    if GROUPS:
+        group = tl.load(groups_ptr + first_row // unit, mask=first_row < M, other=-1)
+        if group < 0:
+            return
+        if not ROW.per_row:
+            amax_ptr += 2 * group
     if ROW.on:
         rows = first_row + tl.arange(0, R)
         groups = first_column // 16 + tl.arange(0, B)
@@ -274,15 +331,11 @@ def cast_kernel(x_ptr, amax_ptr, row_seed_ptr, col_seed_ptr,
                 tl.store(row_scale_ptr + rows, _above(amax, ROW, ROW_OUT), mask=rows < M)
         else:
             amax = tl.load(amax_ptr) * ROW.bound
-            if tl.program_id(0) == 0:
-                tl.store(row_scale_ptr, _above(amax, ROW, ROW_OUT))
         v = _prepared(_load_rows(x_ptr, rows, groups, stride, M, K, EVEN), ROW)
         _cast_tile(v, rows, groups, amax, row_seed_ptr, row_ptr, row_scales_ptr, M, K, ROW, ROW_OUT, False, EVEN,
                    HARDWARE)  # fmt: skip
     if COL.on:
         amax = tl.load(amax_ptr + COL.amax_at) * COL.bound
-        if tl.program_id(0) == 0:
-            tl.store(col_scale_ptr, _above(amax, COL, COL_OUT))
         columns = first_column + tl.arange(0, RC)
         groups = first_row // 16 + tl.arange(0, BC)
         v = _prepared(_load_columns(x_ptr, columns, groups, stride, M, K, EVEN), COL)

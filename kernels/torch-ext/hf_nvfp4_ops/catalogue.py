@@ -1,4 +1,4 @@
-"""Launches of cast.py, dequantize.py, rotate.py and w4a16.py that layers make, to compile without a GPU.
+"""Launches of cast.py, dequantize.py, grouped.py, rotate.py and w4a16.py that layers make, to compile without a GPU.
 
 See variants.py.
 """
@@ -8,9 +8,11 @@ from dataclasses import replace
 from .cast import amax_kernel, cast_kernel
 from .conversion import NONE, STOCHASTIC, TO_NEAREST
 from .dequantize import dequantize_kernel, factors_kernel
+from .grouped import ACROSS, ROWS, SIDE_BY_SIDE, UNIT, WALK, columns_kernel, rows_kernel
+from .grouped import tiles_for as grouped_tiles_for
 from .launch import OPTIONS, tile_for, tile_for_values
 from .rotate import NUM_WARPS, NUM_WARPS_TRANSPOSED, constants, rotate_kernel, rotate_transposed_kernel
-from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Plan, Spec, plan
+from .spec import CODES, CODES_ACROSS, CODES_SWIZZLED, FP8, GRIDS, NOTHING, VALUES, Plan, Spec, plan
 from .variants import Variant
 from .w4a16 import w4a16_kernel
 from .w4a16_tiles import fit, tiles_for
@@ -75,18 +77,21 @@ def _data(spec: Spec | None, out: int) -> dict[str, str]:
 
 
 def _cast(
-    name: str, row: Spec | None, row_out: int, col: Spec | None, col_out: int, x: str = "*bf16", hardware: int = NONE
+    name: str, row: Spec | None, row_out: int, col: Spec | None, col_out: int, x: str = "*bf16", hardware: int = NONE,
+    groups: int = 0
 ) -> Variant:
     row_plan, col_plan = (plan(None if s is None else str(s)) for s in (row, col))
-    tile = tile_for(row_plan, col_plan)
+    tile = tile_for(row_plan, col_plan, 128 if groups else 0)
     types = {"x_ptr": x, "amax_ptr": "*fp32", "row_seed_ptr": "*i32", "col_seed_ptr": "*i32"}
     types |= {f"row{suffix}_ptr": t for suffix, t in _data(row, row_out).items()}
     types |= {f"col{suffix}_ptr": t for suffix, t in _data(col, col_out).items()}
-    types |= {name: "i32" for name in ("M", "K", "stride", "M_PADDED")}
+    types |= {name: "i32" for name in ("M", "K", "stride", "M_PADDED", "unit")}
+    types |= {"groups_ptr": "*i32"} if groups else {}
     constexprs = {"ROW": row_plan, "ROW_OUT": row_out, "COL": col_plan, "COL_OUT": col_out, "EVEN": True}
+    constexprs |= {"GROUPS": groups} if groups else {"GROUPS": 0, "groups_ptr": None}
     constexprs |= {**tile.constexprs, "HARDWARE": hardware}
     options = {"num_warps": tile.num_warps, **OPTIONS}
-    return Variant(f"cast_{name}", cast_kernel, types, constexprs, options, ("M", "K", "stride", "M_PADDED"))
+    return Variant(f"cast_{name}", cast_kernel, types, constexprs, options, ("M", "K", "stride", "M_PADDED", "unit"))
 
 
 def _by_instruction(name: str, suffix: str, hardware: int, instruction: str, last: int) -> Variant:
@@ -95,13 +100,44 @@ def _by_instruction(name: str, suffix: str, hardware: int, instruction: str, las
     return replace(variant, min_arch=100, max_arch=last, expect={arch: instruction for arch in (100, 120)})
 
 
-def _amax(name: str, hadamard: int) -> Variant:
+def _amax(name: str, hadamard: int, groups: int = 0) -> Variant:
     col = Plan(hadamard > 0, hadamard=hadamard, hadamard_factor=max(hadamard, 1) ** -0.5)
     tile = tile_for(Plan(True), col)
-    types = {"x_ptr": "*bf16", "out_ptr": "*i32", "M": "i32", "K": "i32", "stride": "i32"}
-    constexprs = {"ROW": Plan(True), "COL": col, "EVEN": True, **tile.constexprs}
+    types = {"x_ptr": "*bf16", "out_ptr": "*i32"} | {name: "i32" for name in ("M", "K", "stride", "unit")}
+    types |= {"groups_ptr": "*i32"} if groups else {}
+    constexprs = {"ROW": Plan(True), "COL": col, "EVEN": True, "GROUPS": groups, **tile.constexprs}
+    constexprs |= {} if groups else {"groups_ptr": None}
     options = {"num_warps": tile.num_warps, **OPTIONS}
-    return Variant(f"amax_{name}", amax_kernel, types, constexprs, options, ("M", "K", "stride"))
+    return Variant(f"amax_{name}", amax_kernel, types, constexprs, options, ("M", "K", "stride", "unit"))
+
+
+def _grouped(name: str, a: str, b: str, layout: int | None, hopper: bool, bias: bool = False) -> Variant:
+    """A product of groups of rows; layout: None: of their columns (wgrad). hopper: with its own tiles."""
+    fp8, wgrad = a != "bf16", layout is None
+    tiles = grouped_tiles_for(fp8, layout, hopper)
+    across = wgrad and not fp8
+    of_a = [tiles.k, tiles.m] if across else [tiles.m, tiles.k]
+    of_b = [tiles.k, tiles.n] if across or layout == ACROSS else [tiles.n, tiles.k]
+    types = {n: f"tensordesc<{t}{list(of)}>".replace(" ", "") for n, t, of in (("a", a, of_a), ("b", b, of_b))}
+    types |= {"scale_a_ptr": "*fp32", "scale_b_ptr": "*fp32", "y_ptr": "*bf16", "M": "i32", "N": "i32"}
+    grids = {"fp8e4nv": GRIDS["e4m3"], "fp8e5": GRIDS["e5m2"]}
+    constexprs = {"A_GRID": grids.get(a), "B_GRID": grids.get(b), "WALK": WALK}
+    constexprs |= {"BM": tiles.m, "BN": tiles.n, "BK": tiles.k}
+    if wgrad:
+        types |= {"bounds_ptr": "*i32"}
+        constexprs |= {"ACROSS": across}
+    else:
+        types |= {"groups_ptr": "*i32", "K": "i32"} | (dict(bias_ptr="*bf16", ends_ptr="*i32") if bias else {})
+        constexprs |= {"LAYOUT": layout, "SCALES_OF_ROWS": False, "EVEN": True, "UNIT": UNIT}
+        constexprs |= {} if bias else {"bias_ptr": None, "ends_ptr": None}
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, **OPTIONS}
+    kernel = columns_kernel if wgrad else rows_kernel
+    kind = "e4m3|e5m2" if fp8 else "bf16"
+    expect = {90: rf"wgmma\.mma_async\.\S*({kind})"} | ({} if fp8 else {80: r"mma\.sync\.\S*bf16"})
+    divisible = tuple(name for name in ("M", "N", "K") if name in types)
+    arch = {"min_arch": 90, "max_arch": 90} if hopper else {"min_arch": 89 if fp8 else 80}
+    name = f"grouped_{name}" + "_hopper" * hopper
+    return Variant(name, kernel, types, constexprs, options, divisible, **arch, expect=expect)
 
 
 def _dequantize(name: str, spec: Spec, across: bool) -> Variant:
@@ -156,6 +192,17 @@ VARIANTS = [
     _dequantize("fp8_across", _FP8, True),
     _dequantize("fp8_tensor_across", _E5M2, True),
     _dequantize("mxfp4", _MXFP4, False),
+    _amax("grouped", 16, groups=8),
+    replace(_cast("grouped_fp8_exact_dy", *_FP8_CASTS["fp8_exact_dy"], groups=8), min_arch=89),
+    _grouped("fprop", "bf16", "bf16", ROWS, False, bias=True),
+    _grouped("wgrad", "bf16", "bf16", None, False),
+    _grouped("dgrad_fp8", "fp8e5", "fp8e4nv", SIDE_BY_SIDE, False),
+    _grouped("wgrad_fp8", "fp8e4nv", "fp8e4nv", None, False),
+    _grouped("fprop", "bf16", "bf16", ROWS, True, bias=True),
+    _grouped("dgrad", "bf16", "bf16", ACROSS, True),
+    _grouped("wgrad", "bf16", "bf16", None, True),
+    _grouped("fprop_fp8", "fp8e4nv", "fp8e4nv", ROWS, True),
+    _grouped("dgrad_fp8", "fp8e5", "fp8e4nv", SIDE_BY_SIDE, True),
     _w4a16("1_token_wide", 1, 14336, 4096),
     _w4a16("1_token_long", 1, 4096, 14336),
     _w4a16("4_tokens", 4, 14336, 4096),

@@ -43,11 +43,14 @@ class Tile(NamedTuple):
         return -(-m // self.R) * -(-k // (16 * self.B))
 
 
-def tile_for(row: Plan, col: Plan) -> Tile:
-    """The tiles that were fastest on an H100 at 16384 × 8192, of those that hold whole blocks."""
+def tile_for(row: Plan, col: Plan, unit: int = 0) -> Tile:
+    """The tiles that were fastest on an H100 at 16384 × 8192, of those that hold whole blocks.
+
+    unit: not 0: rows that a tile must not leave, a multiple of 16 and of the blocks.
+    """
     # Elements a thread: 16 by rows, whose loads are contiguous; 64 by columns, of which a thread has four; 32 for both.
     tall = 16 if not col.on else 32 if row.on else 64
-    tall = max(tall, col.block, row.block if row.square else 1)
+    tall = max(min(tall, unit & -unit) if unit else tall, col.block, row.block if row.square else 1)
     wide = max(128, row.block, col.block if col.square else 1)
     return Tile(tall, wide // 16, wide, tall // 16, 8 if tall * wide > 8192 else 4)
 

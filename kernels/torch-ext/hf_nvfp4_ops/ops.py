@@ -7,12 +7,10 @@
     scaled_matmul(a, b, scale_a, scale_b, bias, dtype)   scale_a · scale_b · a @ b.T + bias
     w4a16(x, codes, scales, outer, bias)                 x @ weight.T + bias of a packed NVFP4 weight
 
-Specs travel as text, see spec.py. The operators' namespace is this package's name, so that several versions can be
-loaded. They are defined with torch.library.Library, whose calls cost half of custom_op's.
+Specs travel as text, see spec.py. Those of groups of rows with a matrix each: grouped.py.
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from . import blas
 from .cast import amax_kernel, cast_kernel
 from .dequantize import dequantize_kernel, factors_kernel
 from .launch import INTERPRETED, Launcher, Tile, hardware, on, processors, tile_for, tile_for_values
+from .library import operator
 from .rotate import (
     LARGEST_TRANSPOSED,
     NUM_WARPS,
@@ -29,29 +28,13 @@ from .rotate import (
     rotate_kernel,
     rotate_transposed_kernel,
 )
-from .spec import CODES_ACROSS, CODES_SWIZZLED, FP8, NAMESPACE, NOTHING, VALUES, Plan, Spec, plan
+from .spec import CODES_ACROSS, CODES_SWIZZLED, FP8, NOTHING, VALUES, Plan, Spec, plan
 from .w4a16 import w4a16_kernel
 from .w4a16_tiles import LARGEST_CHUNK, LARGEST_M, Tiles, abilities, fit, tiles_for
 
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AMAX, _CAST, _DEQUANTIZE, _FACTORS = map(Launcher, (amax_kernel, cast_kernel, dequantize_kernel, factors_kernel))
 _ROTATE, _ROTATE_TRANSPOSED, _W4A16 = map(Launcher, (rotate_kernel, rotate_transposed_kernel, w4a16_kernel))
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _operator(schema: str, fake: Callable) -> Callable:
-    """Make a function the operator of this schema, on GPUs and in the interpreter. fake: shapes and dtypes alone."""
-
-    def decorate(function: Callable) -> Callable:
-        _LIBRARY.define(schema)
-        name = schema.split("(")[0]
-        for key in ("CUDA", "CPU"):
-            _LIBRARY.impl(name, function, key)
-        torch.library.register_fake(f"{_LIBRARY.ns}::{name}", fake, lib=_LIBRARY)
-        operator = getattr(getattr(torch.ops, _LIBRARY.ns), name).default
-        return functools.wraps(function)(lambda *args: operator(*args))
-
-    return decorate
 
 
 def _check(x: Tensor, multiple: int = 16) -> Tensor:
@@ -67,7 +50,7 @@ def _check(x: Tensor, multiple: int = 16) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def _check_like(name: str, t: Tensor, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def check_like(name: str, t: Tensor, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """What a kernel reads besides x: on its device, of this dtype and shape, contiguous."""
     if t.device != x.device:
         raise ValueError(f"{name} is on {t.device}, x on {x.device}; move one of them")
@@ -85,38 +68,59 @@ def padded(m: int) -> int:
 
 
 @functools.cache
-def _amax_plan(row: bool, col_hadamard: int) -> tuple[Plan, Plan, Tile]:
+def _amax_plan(row: bool, col_hadamard: int, unit: int) -> tuple[Plan, Plan, Tile]:
     separate = col_hadamard > 0
     row_plan, col_plan = Plan(row or col_hadamard == 0), Plan(separate)
     if separate:
         col_plan = col_plan._replace(hadamard=col_hadamard, hadamard_factor=col_hadamard**-0.5)
-    return row_plan, col_plan, tile_for(row_plan, col_plan)
+    return row_plan, col_plan, tile_for(row_plan, col_plan, unit)
 
 
-@_operator(
-    "amax(Tensor x, bool row, int col_hadamard) -> Tensor",
-    fake=lambda x, row, col_hadamard: x.new_empty(2, dtype=torch.float32),
+def _amax_like(x, row, col_hadamard, groups=None, unit=0, count=0) -> Tensor:
+    return x.new_empty((2,) if groups is None else (count, 2), dtype=torch.float32)
+
+
+@operator(
+    "amax(Tensor x, bool row, int col_hadamard, Tensor? groups=None, int unit=0, int count=0) -> Tensor",
+    fake=_amax_like,
 )
-def amax(x: Tensor, row: bool, col_hadamard: int) -> Tensor:
+def amax(
+    x: Tensor, row: bool, col_hadamard: int, groups: Tensor | None = None, unit: int = 0, count: int = 0
+) -> Tensor:
     """Largest magnitudes of x [M, K] and of xᵀ rotated by `col_hadamard` along M: FP32 [2].
 
     row: whether the first is asked for. col_hadamard: 0: the second is a copy of the first; -1: not asked for.
     What is not asked for is 0. NaN and inf come through.
+    groups: int32 [M / unit], of `count` groups the one that each `unit` rows belong to, or -1: not looked at. Then
+    FP32 [count, 2], 0 for a group without rows. unit: a multiple of 16 and of the transform that divides M.
     """
     x = _check(x)
     if col_hadamard not in (-1, 0, 2, 4, 8, 16):
         raise ValueError(f"col_hadamard={col_hadamard}; the kernels know -1, 0, 2, 4, 8 and 16")
-    bits = torch.zeros(2, dtype=torch.int32, device=x.device)
+    _check_groups(groups, unit, count, x)
+    bits = torch.zeros((2,) if groups is None else (count, 2), dtype=torch.int32, device=x.device)
     if x.numel():
-        row_plan, col_plan, tile = _amax_plan(row, col_hadamard)
+        row_plan, col_plan, tile = _amax_plan(row, col_hadamard, unit)
         m, k = x.shape
         grid = min(tile.count(m, k), 8 * processors(x.device))
         with on(x.device):
-            constants = (row_plan, col_plan, tile.fits(m, k), *tile.shape)
-            _AMAX(grid, (x, bits), (m, k, x.stride(0)), constants, tile.num_warps)
+            constants = (row_plan, col_plan, tile.fits(m, k), count, *tile.shape)
+            _AMAX(grid, (x, bits, groups), (m, k, x.stride(0), unit), constants, tile.num_warps)
     if col_hadamard == 0:
-        bits[1] = bits[0]
+        bits[..., 1] = bits[..., 0]
     return bits.view(torch.float32)
+
+
+def _check_groups(groups: Tensor | None, unit: int, count: int, x: Tensor) -> None:
+    """ValueError unless `groups` are those of x's rows, or None with no unit and no count."""
+    if groups is None and unit == count == 0:
+        return
+    if groups is None or unit < 16 or unit % 16 or x.shape[0] % unit or count < 1:
+        raise ValueError(
+            f"groups of unit={unit} rows of {x.shape[0]}, count={count}: without `groups` both are 0; with them unit "
+            "is a multiple of 16 that divides the rows, and there is at least one group"
+        )
+    check_like("groups", groups, x, torch.int32, (x.shape[0] // unit,))
 
 
 # ---------------------------------------------------------------------------- rotate
@@ -128,7 +132,7 @@ def _rotated_like(x: Tensor, size: int, seed: Tensor | None = None, transposed: 
     return x.new_empty((k, -(-m // length) * length) if transposed else (m, k), dtype=torch.bfloat16)
 
 
-@_operator("rotate(Tensor x, int size, Tensor? seed=None, bool transposed=False) -> Tensor", fake=_rotated_like)
+@operator("rotate(Tensor x, int size, Tensor? seed=None, bool transposed=False) -> Tensor", fake=_rotated_like)
 def rotate(x: Tensor, size: int, seed: Tensor | None = None, transposed: bool = False) -> Tensor:
     """Random Hadamard transform of blocks of `size` along the last dimension of x [M, K]: BF16 [M, K].
 
@@ -144,7 +148,7 @@ def rotate(x: Tensor, size: int, seed: Tensor | None = None, transposed: bool = 
             f" for K={k}; it takes powers of two up to {sizes[-1]} that divide K")  # fmt: skip
         raise ValueError(f"rotate: size {size}{divide}")
     if seed is not None:
-        _check_like("seed", seed, x, torch.int32, (2,))
+        check_like("seed", seed, x, torch.int32, (2,))
     out = _rotated_like(x, size, seed, transposed)
     arguments = _rotate_constants(size, seed is not None, transposed)
     rows = arguments[3]
@@ -170,7 +174,9 @@ def _rotate_constants(size: int, drawn: bool, transposed: bool) -> tuple:
 
 
 @functools.cache
-def _cast_plan(row: str | None, row_out: int, col: str | None, col_out: int) -> tuple[Plan, Plan, Tile]:
+def _cast_plan(
+    row: str | None, row_out: int, col: str | None, col_out: int, unit: int = 0
+) -> tuple[Plan, Plan, Tile]:
     for name, spec, out in (("row", row, row_out), ("col", col, col_out)):
         if out not in range(6) or (spec is None) != (out == NOTHING):
             raise ValueError(f"{name}_out={out} for {name}={spec!r}: 0 goes with None, 1 to 5 with a Spec")
@@ -182,14 +188,17 @@ def _cast_plan(row: str | None, row_out: int, col: str | None, col_out: int) -> 
     if col and plan(col).per_row:
         raise ValueError("per-row scales of xᵀ: transpose x and cast it by rows")
     row_plan, col_plan = plan(row), plan(col)
-    return row_plan, col_plan, tile_for(row_plan, col_plan)
+    blocks = max(col_plan.block, row_plan.block if row_plan.square else 0)
+    if unit and blocks and unit % blocks:
+        raise ValueError(f"groups of {unit} rows: blocks of {blocks} of them would belong to two")
+    return row_plan, col_plan, tile_for(row_plan, col_plan, unit)
 
 
-def _outputs(x: Tensor, m: int, k: int, p: Plan, out: int, transposed: bool) -> list[Tensor]:
+def _outputs(x: Tensor, m: int, k: int, p: Plan, out: int, transposed: bool, count: int = 0) -> list[Tensor]:
     """What an operand [m, k] is written to: its data, its block scales if it has some, the FP32 scale above them."""
     if out == NOTHING:
         return []
-    above = x.new_empty((m, 1) if p.per_row else (), dtype=torch.float32)
+    above = x.new_empty((m, 1) if p.per_row else (count,) if count else (), dtype=torch.float32)
     if out == VALUES:
         return [x.new_empty((k, m) if transposed else (m, k), dtype=torch.bfloat16), above]
     if out == FP8:
@@ -213,20 +222,26 @@ def _arguments(outputs: list[Tensor], out: int, spare: Tensor) -> tuple[Tensor, 
     return data, outputs[1] if len(outputs) == 3 else spare, outputs[-1]
 
 
-def _all_outputs(x, amax, row_seed, col_seed, row, row_out, col, col_out) -> list[Tensor]:
+def _all_outputs(
+    x, amax, row_seed, col_seed, row, row_out, col, col_out, groups=None, unit=0, count=0
+) -> list[Tensor]:
     row_plan, col_plan, _ = _cast_plan(row, row_out, col, col_out)
     m, k = x.shape
-    return [*_outputs(x, m, k, row_plan, row_out, False), *_outputs(x, k, padded(m), col_plan, col_out, True)]
+    return [
+        *_outputs(x, m, k, row_plan, row_out, False, count),
+        *_outputs(x, k, padded(m), col_plan, col_out, True, count),
+    ]
 
 
-@_operator(
+@operator(
     "cast(Tensor x, Tensor amax, Tensor? row_seed, Tensor? col_seed, "
-    "str? row, int row_out, str? col, int col_out) -> Tensor[]",
+    "str? row, int row_out, str? col, int col_out, Tensor? groups=None, int unit=0, int count=0) -> Tensor[]",
     fake=_all_outputs,
 )
 def cast(
     x: Tensor, amax: Tensor, row_seed: Tensor | None, col_seed: Tensor | None,
     row: str | None, row_out: int, col: str | None, col_out: int,
+    groups: Tensor | None = None, unit: int = 0, count: int = 0,
 ) -> list[Tensor]:  # fmt: skip
     """x [M, K] quantized along K as `row` says, and xᵀ along M as `col` says, from one read.
 
@@ -240,10 +255,12 @@ def cast(
             the scales padded and swizzled for tensor cores, 4 the same block after block, 5 E4M3 bytes of code ×
             block scale (an eighth of it, but for the scale rule "fp8_exact") as FP8 tensor cores want them: from
             compute capability 8.9 on.
+        groups, unit, count: as `amax` takes them, whose [count, 2] is `amax` then (FP32 [M] with per-row scales): each
+            group is cast as if it were alone, but for its random numbers. Rows of no group are not written.
 
     Returns:
         What row writes, then what col writes, each: values or bytes [M, K] or codes [M, K·bits/8]; with codes, scales
-        [M, ceil(K/block)] (uint8, or FP32) if there are some; the FP32 scale above them, scalar or [M, 1].
+        [M, ceil(K/block)] (uint8, or FP32) if there are some; the FP32 scale above them, scalar, [count] or [M, 1].
         Col is an operand [K, M'], M' being M padded to 16, but its BF16 values have x's layout, [M', K].
         Output 4: codes [K/16, M, 2·bits], scales [ceil(K/block), M], for col [M'/16, K, 2·bits] and so on.
 
@@ -251,23 +268,27 @@ def cast(
         TypeError, ValueError: sizes, dtypes, devices or casts that the kernels don't take.
     """
     x = _check(x)
-    row_plan, col_plan, tile = _cast_plan(row, row_out, col, col_out)
+    _check_groups(groups, unit, count, x)
+    row_plan, col_plan, tile = _cast_plan(row, row_out, col, col_out, unit)
     m, k = x.shape
     one = amax.shape == (1,) and col_plan.amax_at == 0
-    _check_like("amax", amax, x, torch.float32, (m,) if row_plan.per_row else (1,) if one else (2,))
+    largest = (m,) if row_plan.per_row else (count, 2) if count else (1,) if one else (2,)
+    check_like("amax", amax, x, torch.float32, largest)
     for name, p, seed in (("row_seed", row_plan, row_seed), ("col_seed", col_plan, col_seed)):
         if (p.stochastic or p.eden) and seed is None:
             raise ValueError(f"{name}: rounding that draws needs a seed, int32 [2]")
         if seed is not None:
-            _check_like(name, seed, x, torch.int32, (2,))
-    row_outputs = _outputs(x, m, k, row_plan, row_out, False)
-    col_outputs = _outputs(x, k, padded(m), col_plan, col_out, True)
+            check_like(name, seed, x, torch.int32, (2,))
+    row_outputs = _outputs(x, m, k, row_plan, row_out, False, count)
+    col_outputs = _outputs(x, k, padded(m), col_plan, col_out, True, count)
     if x.numel():
         with on(x.device):
-            tensors = (x, amax, row_seed, col_seed)
+            tensors = (x, amax, row_seed, col_seed, groups)
             tensors += (*_arguments(row_outputs, row_out, x), *_arguments(col_outputs, col_out, x))
-            constants = (row_plan, row_out, col_plan, col_out, tile.fits(m, k), *tile.shape, hardware(x.device))
-            _CAST(tile.count(m, k), tensors, (m, k, x.stride(0), padded(m)), constants, tile.num_warps)
+            constants = (row_plan, row_out, col_plan, col_out, tile.fits(m, k), count, *tile.shape)
+            constants += (hardware(x.device),)
+            programs, integers = max(tile.count(m, k), count), (m, k, x.stride(0), padded(m), unit)
+            _CAST(programs, tensors, integers, constants, tile.num_warps)
     else:
         for p, written in ((row_plan, row_outputs), (col_plan, col_outputs)):
             for above in written[-1:]:
@@ -296,10 +317,10 @@ def _check_codes(codes: Tensor, scales: Tensor | None, p: Plan, across: bool) ->
         groups, m = codes.shape[:2] if across else (codes.shape[1] // width, codes.shape[0])
         blocks = -(-groups * 16 // p.block)
         dtype = torch.float32 if p.scale == "float32" else torch.uint8
-        _check_like("scales", scales, codes, dtype, (blocks, m) if across else (m, blocks))
+        check_like("scales", scales, codes, dtype, (blocks, m) if across else (m, blocks))
 
 
-@_operator("dequantize(Tensor codes, Tensor? scales, str spec, bool across) -> Tensor", fake=_values_like)
+@operator("dequantize(Tensor codes, Tensor? scales, str spec, bool across) -> Tensor", fake=_values_like)
 def dequantize(codes: Tensor, scales: Tensor | None, spec: str, across: bool) -> Tensor:
     """Codes and block scales of an operand [M, K], as `cast` writes them -> BF16 code × scale [M, K].
 
@@ -321,7 +342,7 @@ def _product_like(a, b, scale_a, scale_b, bias, dtype) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
 
 
-@_operator(
+@operator(
     "scaled_matmul(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias, ScalarType dtype) -> Tensor",
     fake=_product_like,
 )
@@ -335,10 +356,10 @@ def scaled_matmul(
     """
     if reason := blas.unfit(a, b, dtype):
         raise ValueError(f"scaled_matmul: {reason}")
-    _check_like("scale_a", scale_a, a, torch.float32, ())
-    _check_like("scale_b", scale_b, a, torch.float32, ())
+    check_like("scale_a", scale_a, a, torch.float32, ())
+    check_like("scale_b", scale_b, a, torch.float32, ())
     if bias is not None:
-        _check_like("bias", bias, a, bias.dtype, (b.shape[0],))
+        check_like("bias", bias, a, bias.dtype, (b.shape[0],))
     out = _product_like(a, b, scale_a, scale_b, bias, dtype)
     if bias is not None:
         out.copy_(bias)
@@ -356,7 +377,7 @@ def _linear_like(x, codes, scales, outer, bias, tiles=None) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
-@_operator(
+@operator(
     "w4a16(Tensor x, Tensor codes, Tensor scales, Tensor outer, Tensor? bias, int[]? tiles=None) -> Tensor",
     fake=_linear_like,
 )
@@ -382,11 +403,11 @@ def w4a16(
     x = _check(x).contiguous()
     (m, k), n = x.shape, codes.shape[0]
     scales = scales.view(torch.uint8) if scales.dtype == torch.float8_e4m3fn else scales
-    _check_like("codes", codes, x, torch.uint8, (n, k // 2))
-    _check_like("scales", scales, x, torch.uint8, (n, k // 16))
-    _check_like("outer", outer, x, torch.float32, ())
+    check_like("codes", codes, x, torch.uint8, (n, k // 2))
+    check_like("scales", scales, x, torch.uint8, (n, k // 16))
+    check_like("outer", outer, x, torch.float32, ())
     if bias is not None:
-        _check_like("bias", bias, x, bias.dtype, (n,))
+        check_like("bias", bias, x, bias.dtype, (n,))
     values = x.bfloat16()
     if tiles is None and m > LARGEST_M and not blas.unfit(values, values, torch.bfloat16):
         return _dequantized_matmul(values, codes, scales, outer, bias, x.dtype)
