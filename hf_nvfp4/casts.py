@@ -144,6 +144,10 @@ class Cast:
         size = math.gcd(self.hadamard, features)
         return dataclasses.replace(self, hadamard=size) if self.hadamard > size > 1 else self
 
+    def of_all(self, amax):
+        """The largest magnitudes that FP32 scales follow from, of those in what this process has: all, here."""
+        return amax
+
     @property
     def draws(self) -> bool:
         """Whether random numbers go into it, so that two casts of one tensor differ."""

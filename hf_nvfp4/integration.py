@@ -20,7 +20,7 @@ from hf_nvfp4.data import InputError
 from hf_nvfp4.importing import Pack, check_packed, converter, forget_conversion, is_to_be_packed, packed_layout
 from hf_nvfp4.language import GEMM_CHOICES, Recipe, RecipeMap, recipe_for
 from hf_nvfp4.layouts import MODELOPT, layout_of
-from hf_nvfp4.linear import NVFP4Linear
+from hf_nvfp4.linear import NVFP4Linear, split
 from hf_nvfp4.packed import check_packable, for_inference
 from hf_nvfp4.recipes import get_recipes
 
@@ -229,6 +229,7 @@ class NVFP4TrainingQuantizer(PackedQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         super()._process_model_after_weight_loading(model, **kwargs)
         if self._activations is None:
+            split(model)
             return model
         for problem in self.problems:
             raise problem

@@ -16,6 +16,7 @@ from hf_nvfp4.gemm import backend_for, backend_name, cast, check_backend, draw_s
 from hf_nvfp4.language import BY_KEY, Gemm, Recipe, RecipeMap, recipe_for
 from hf_nvfp4.recipes import get_recipe, get_recipes
 from hf_nvfp4.sharing import Casts, WeightCasts, can_keep, casts_of_input
+from hf_nvfp4.tensor_parallel import Shards, sharded, shards_of
 
 
 class Plan(NamedTuple):
@@ -192,6 +193,17 @@ class NVFP4Module:
         """Train with these recipes, by the names of `sizes`; in eval mode with theirs per token."""
         raise NotImplementedError
 
+    def split(self) -> None:
+        """Compute with shards of the weights, if tensor parallelism has split them; ValueError if that can't be."""
+        for name in self.sizes:
+            # Dimension 0 is the experts': each rank has whole ones.
+            if (shards := shards_of(getattr(self, name))) is not None and shards.dim:
+                raise ValueError(
+                    f"{name} of fused experts is split over {shards.count} ranks, each of which would have scales of "
+                    "its own. Use expert parallelism, DistributedConfig(ep_size=...), or keep the experts in high "
+                    "precision by skip=[...]."
+                )
+
     @classmethod
     def convert(
         cls, module: nn.Module, recipe: str | Recipe, backend: str = "auto", high_precision: str | None = None
@@ -219,6 +231,8 @@ class NVFP4Layer(NVFP4Module):
 
     # Set by `cast_weights_once`.
     weight_casts: WeightCasts | None = None
+    # Set by `split`.
+    shards: Shards | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -234,7 +248,25 @@ class NVFP4Layer(NVFP4Module):
         """Train with the recipe of "weight"; in eval mode with it per token."""
         self.train_recipe = recipes["weight"]
         self.eval_recipe = self.train_recipe.per_token()
+        sizes = self.in_features, self.out_features
+        self.matrix_shape = sizes[::-1]
+        if self.shards is not None:
+            self.matrix_shape = self.shards.local(*sizes)
+            self.train_recipe, self.eval_recipe = (
+                sharded(recipe, self.shards, *sizes) for recipe in (self.train_recipe, self.eval_recipe)
+            )
         self.train_key, self.eval_key = self.train_recipe.key, self.eval_recipe.key
+
+    def split(self) -> None:
+        """Compute with a shard of the weight, if tensor parallelism has split it."""
+        self.shards = shards_of(self.matrix)
+        if self.shards is not None:
+            if self.backend == "fp8_rounded":
+                raise ValueError(
+                    "backend 'fp8_rounded' rounds each row of an operand to FP8 under a factor of its own, which no "
+                    "rank of tensor parallelism knows; use backend='auto'"
+                )
+            self.set_recipe(self.recipe, high_precision=self.high_precision)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features] of any rank and number of tokens -> [..., out_features]."""
@@ -246,7 +278,15 @@ class NVFP4Layer(NVFP4Module):
         eager = not torch.compiler.is_compiling()
         plan = Plan(recipe, backend, dtype, wgrad, self.weight_casts if eager and self.training else None)
         casts = casts_of_input(x, self) if eager and not recipe.conditions else None
-        y = quantized_linear(x.reshape(-1, x.shape[-1]), self.matrix, self.bias, plan, casts)
+        matrix = self.matrix
+        if matrix.shape != self.matrix_shape:
+            raise ValueError(
+                f"{type(self).__name__} {self.in_features}→{self.out_features} has a weight of {tuple(matrix.shape)} "
+                f"in its forward, not {self.matrix_shape}: a shard whose scales would be its own. Tensor parallelism "
+                "is known to layers that are converted by from_pretrained(..., quantization_config=..., "
+                "distributed_config=DistributedConfig(tp_size=...)); FSDP gathers weights first."
+            )
+        y = quantized_linear(x.reshape(-1, x.shape[-1]), matrix, self.bias, plan, casts)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def extra_repr(self) -> str:
@@ -275,6 +315,20 @@ def unsuitable(in_features: int, out_features: int) -> str | None:
         if size % 16 or size == 0:
             return f"{name}={size} is not a multiple of 16"
     return None
+
+
+def split(model: nn.Module) -> None:
+    """Tell a converted model's layers how tensor parallelism has split their weights, if it has.
+
+    Raises:
+        ValueError: a layer's shards can't have the operands that one process has; or fused experts are split.
+    """
+    for name, module in model.named_modules():
+        try:
+            if isinstance(module, NVFP4Module):
+                module.split()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
 
 def converted_modules(model: nn.Module) -> dict[str, NVFP4Module]:

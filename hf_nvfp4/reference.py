@@ -305,11 +305,11 @@ def prepare(
     """
     amax = torch.ones((), device=x.device)
     if cast.outer == "bound":
-        amax = _amax(x, cast.outer).float() * cast.hadamard**0.5
+        amax = cast.of_all(_amax(x, cast.outer).float()) * cast.hadamard**0.5
     if cast.hadamard:
         x = rotate(x, cast.hadamard)
     if cast.outer != "bound" and cast.block_format.tensor_scale:
-        amax = _amax(x, cast.outer).float()
+        amax = cast.of_all(_amax(x, cast.outer).float())
     return x, amax, None if cast.rounding == "nearest" else draw_seed(x.device, generator)
 
 

@@ -15,6 +15,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import shard_cases
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -47,7 +48,7 @@ NEAREST = Recipe(
 )
 
 
-def llama(recipe=NEAREST):
+def llama(recipe=NEAREST, backend="auto"):
     """A Llama of 2 blocks in FP32, the same weights each time, converted."""
     torch.manual_seed(1)
     config = LlamaConfig(
@@ -61,7 +62,7 @@ def llama(recipe=NEAREST):
         tie_word_embeddings=False,
     )
     model = AutoModelForCausalLM.from_config(config)
-    quantize_model(model, NVFP4TrainingConfig(recipe=recipe, keep_bf16_last=0))
+    quantize_model(model, NVFP4TrainingConfig(recipe=recipe, backend=backend, keep_bf16_last=0))
     return model
 
 
@@ -160,6 +161,44 @@ def experts(rank: int, folder: Path) -> dict:
         model = AutoModelForCausalLM.from_pretrained(folder / "mixtral", distributed_config=config, dtype=torch.float32)
         found[layout] = step(model.train(), [number])
     return found
+
+
+# ---------------------------------------------------------------------------- tensor parallelism
+
+
+def float64():
+    """A model whose sums are so exact that their order does not show."""
+    return llama(backend="reference").double()
+
+
+def scores(model) -> torch.Tensor:
+    with torch.no_grad():
+        return whole(model.eval()(**tokens(0)).logits)
+
+
+def split(rank: int, folder: Path, micro_batch: int = 0, **parallel) -> dict:
+    """A step and scores of a model whose layers are split, in FP64 and in FP32; what is saved of it."""
+    path, config = folder / f"split{os.environ['WORLD_SIZE']}", DistributedConfig(tp_size=2, **parallel)
+    if rank == 0:
+        llama(backend="reference").save_pretrained(path)
+        llama().save_pretrained(path / "fp32")
+    dist.barrier()
+    found = {}
+    for name, dtype in {"": torch.float64, "fp32": torch.float32}.items():
+        model = AutoModelForCausalLM.from_pretrained(path / name, distributed_config=config, dtype=dtype)
+        found[name] = step(model.train(), [micro_batch])
+    model.save_pretrained(path / "saved")
+    return found | {"scores": scores(model)}
+
+
+def tensor_parallel(rank: int, folder: Path) -> dict:
+    operands = {"operands": shard_cases.mismatches(rank), "nan": shard_cases.nan_everywhere(rank)}
+    return operands | split(rank, folder)
+
+
+def tensor_parallel_fsdp2(rank: int, folder: Path) -> dict:
+    """Ranks 0 and 1 split layers and see micro-batch 0, ranks 2 and 3 micro-batch 1."""
+    return split(rank, folder, rank // 2, fsdp_size=2)
 
 
 # ---------------------------------------------------------------------------- training
@@ -338,6 +377,8 @@ def resume_fsdp2_one(rank: int, folder: Path) -> dict:
 JOBS = {
     steps: 2,
     experts: 2,
+    tensor_parallel: 2,
+    tensor_parallel_fsdp2: 4,
     train_one: 1,
     train_fsdp2_one: 1,
     train_ddp: 2,

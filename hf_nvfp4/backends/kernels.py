@@ -100,6 +100,9 @@ def quantize(
     """
     if largest is None:
         largest = amax(x, row, col, groups)
+        # Both orientations are of one tensor: what one's scale covers, the other's does.
+        scaled = next((c for c in (row, col) if c is not None and c.block_format.tensor_scale), None)
+        largest = largest if scaled is None else scaled.of_all(largest)
     seeds = [draw_seed(x.device) if c is not None and c.rounding != "nearest" else None for c in (row, col)]
     texts = [None if c is None else spec(c) for c in (row, col)]
     out = ops.cast(x, largest, *seeds, texts[0], row_out, texts[1], col_out, *groups)
@@ -116,7 +119,7 @@ def quantize_rows(
     """
     largest = None
     if cast.outer == "bound":
-        largest = x.abs().amax().float().reshape(1) * cast.hadamard**0.5
+        largest = cast.of_all(x.abs().amax().float().reshape(1)) * cast.hadamard**0.5
         cast = dataclasses.replace(cast, outer="tensor")
     if across and not 0 < cast.hadamard <= ops.LARGEST_TRANSPOSED:
         x, across = transposed(x, cast), False
