@@ -16,7 +16,7 @@ from hf_nvfp4.gemm import backend_for, backend_name, cast, check_backend, draw_s
 from hf_nvfp4.language import BY_KEY, Gemm, Recipe, RecipeMap, recipe_for
 from hf_nvfp4.recipes import get_recipe, get_recipes
 from hf_nvfp4.sharing import Casts, WeightCasts, can_keep, casts_of_input
-from hf_nvfp4.tensor_parallel import Shards, sharded, shards_of
+from hf_nvfp4.tensor_parallel import Shards, sharded, shards_of, unknown_shard
 
 
 class Plan(NamedTuple):
@@ -157,6 +157,10 @@ def quantized_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan,
     return y if bias is None else y + bias.to(plan.dtype)
 
 
+# Reductions over ranks are left out of compiled graphs.
+_eager_linear = torch.compiler.disable(quantized_linear)
+
+
 def compute_dtype(x: Tensor, module: nn.Module) -> torch.dtype:
     """Autocast's, where it is on, else the input's. TypeError for one that is not floating-point."""
     if not x.is_floating_point():
@@ -280,13 +284,9 @@ class NVFP4Layer(NVFP4Module):
         casts = casts_of_input(x, self) if eager and not recipe.conditions else None
         matrix = self.matrix
         if matrix.shape != self.matrix_shape:
-            raise ValueError(
-                f"{type(self).__name__} {self.in_features}→{self.out_features} has a weight of {tuple(matrix.shape)} "
-                f"in its forward, not {self.matrix_shape}: a shard whose scales would be its own. Tensor parallelism "
-                "is known to layers that are converted by from_pretrained(..., quantization_config=..., "
-                "distributed_config=DistributedConfig(tp_size=...)); FSDP gathers weights first."
-            )
-        y = quantized_linear(x.reshape(-1, x.shape[-1]), matrix, self.bias, plan, casts)
+            raise unknown_shard(self, matrix.shape)
+        product = quantized_linear if self.shards is None else _eager_linear
+        y = product(x.reshape(-1, x.shape[-1]), matrix, self.bias, plan, casts)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def extra_repr(self) -> str:

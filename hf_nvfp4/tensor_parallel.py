@@ -114,3 +114,13 @@ def _why_not(recipe: Recipe, shards: Shards, in_features: int, out_features: int
             f"over {shards.count} ranks are not"
         )
     return None
+
+
+def unknown_shard(layer, shape: tuple[int, int]) -> ValueError:
+    """The error for a layer whose weight has another shape in its forward than it was told of."""
+    return ValueError(
+        f"{type(layer).__name__} {layer.in_features}→{layer.out_features} has a weight of {tuple(shape)} in its "
+        f"forward, not {layer.matrix_shape}: a shard whose scales would be its own. Tensor parallelism is known to "
+        "layers that are converted by from_pretrained(..., quantization_config=..., "
+        "distributed_config=DistributedConfig(tp_size=...)); FSDP gathers weights first."
+    )
