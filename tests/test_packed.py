@@ -36,6 +36,10 @@ def test_a_recipes_weights_are_packed_as_they_were_multiplied_or_refused(name, d
         q = PackedLinear.from_linear(linear, dtype=dtype).quantized()
         assert q.codes.shape == (48, 48) and q.scales.shape == (48, 6) and q.scales.dtype == torch.float8_e4m3fn
         assert q.dequantize(torch.float64).equal(multiplied(linear, dtype))
+    if linear.train_recipe.fprop.a.block_format.high_precision:
+        with pytest.raises(ValueError, match="multiplies activations in bf16, not NVFP4"):
+            PackedLinear.from_linear(linear, activations=True)
+        return
     x = torch.randn(3, 96, device=device)
     with torch.no_grad():
         assert PackedLinear.from_linear(linear, activations=True)(x).equal(linear.eval()(x))
