@@ -14,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from hf_nvfp4 import bench_tables as tables
 from hf_nvfp4.bench_rows import WEIGHTS, clocked, measured, recorded, time_rows
 from hf_nvfp4.bench_tables import EXPERTS
-from hf_nvfp4.benchmarks import SEED, TOLERANCES, Variant, check_results
+from hf_nvfp4.benchmarks import SEED, TOLERANCES, ForwardBackward, Variant, check_results
 from hf_nvfp4.experts import experts_class
 from hf_nvfp4.language import Gemm, Recipe
 
@@ -26,7 +26,7 @@ TOLERANCE, MORE = 2e-2, 1.5
 
 
 @dataclass(frozen=True)
-class ExpertsStep:
+class ExpertsStep(ForwardBackward):
     """Forward and backward of SwiGLU experts, in the words of `benchmarks.Step`.
 
     layer: the module; x: [T, H]; ids, weights: [T, k], which experts a token has, drawn evenly, and their weights.
@@ -81,18 +81,6 @@ class ExpertsStep:
         """Drop the gradients."""
         for t in (self.x, self.weights, *self.owned):
             t.grad = None
-
-    def __call__(self) -> Tensor:
-        """y; x, the experts' weights and the matrices have their gradients."""
-        self.clear()
-        y = self.forward()
-        y.backward(self.dy)
-        return y.detach()
-
-    def results(self) -> dict[str, Tensor]:
-        """y and all gradients, from the seed of every check."""
-        torch.manual_seed(SEED)
-        return {"y": self()} | self.gradients
 
     @property
     def gradients(self) -> dict[str, Tensor]:

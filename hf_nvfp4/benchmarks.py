@@ -146,8 +146,25 @@ class GivenAmax(TorchDispatchMode):
         return self.found[self.next - 1]
 
 
+class ForwardBackward:
+    """A step of a module that has forward(), clear(), gradients, dy and around, a context manager."""
+
+    def __call__(self) -> Tensor:
+        """y; what is trained and x have their gradients."""
+        self.clear()
+        with self.around:
+            y = self.forward()
+            y.backward(self.dy)
+        return y.detach()
+
+    def results(self) -> dict[str, Tensor]:
+        """y and all gradients, from the seed of every check."""
+        torch.manual_seed(SEED)
+        return {"y": self()} | self.gradients
+
+
 @dataclass(frozen=True)
-class Step:
+class Step(ForwardBackward):
     """Forward and backward of one linear layer without bias, within a context."""
 
     layer: nn.Module
@@ -200,19 +217,6 @@ class Step:
     def clear(self) -> None:
         """Drop the gradients."""
         self.x.grad = self.layer.weight.grad = None
-
-    def __call__(self) -> Tensor:
-        """y; x and the weight have their gradients."""
-        self.clear()
-        with self.around:
-            y = self.forward()
-            y.backward(self.dy)
-        return y.detach()
-
-    def results(self) -> dict[str, Tensor]:
-        """y, dx and dw from the seed of every check."""
-        torch.manual_seed(SEED)
-        return {"y": self()} | self.gradients
 
     @property
     def gradients(self) -> dict[str, Tensor]:
