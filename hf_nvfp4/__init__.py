@@ -32,6 +32,8 @@ _EXPORTS = {
     "NVFP4TrainingConfig": "integration",
     "export": "exporting",  # a module export.py would hide the function once it is imported
     "CastWeightsOnce": "schedule",
+    "GatherIn4Bits": "gathering",
+    "gather_in_4_bits": "gathering",
     "DistillationTrainer": "distillation",
     "OsciReset": "oscillation",
     "PrecisionSchedule": "schedule",

@@ -14,6 +14,7 @@ from hf_nvfp4.casts import Cast
 from hf_nvfp4.conditioning import conditioned
 from hf_nvfp4.gemm import backend_for, backend_name, cast, check_backend, draw_signs, multiply
 from hf_nvfp4.language import BY_KEY, Gemm, Recipe, RecipeMap, recipe_for
+from hf_nvfp4.precast import CastWeight
 from hf_nvfp4.recipes import get_recipe, get_recipes
 from hf_nvfp4.sharing import Casts, WeightCasts, can_keep, casts_of_input
 from hf_nvfp4.tensor_parallel import Shards, sharded, shards_of, unknown_shard
@@ -36,7 +37,9 @@ class Plan(NamedTuple):
     def cast(
         self, casts: Casts | None, x: Tensor, row: Cast | None, col: Cast | None, keep_col: bool = False, **signs
     ) -> tuple:
-        """As `gemm.cast`, of x rounded to the compute dtype; or what `casts` has of it already."""
+        """As `gemm.cast`, of x rounded to the compute dtype; or what `casts`, or x itself, has of it already."""
+        if isinstance(x, CastWeight):
+            return x.operands(self.backend, self.dtype, row, col)
 
         def make():
             return cast(x.to(self.dtype), self.backend, row=row, col=col, keep_col=keep_col, **signs)

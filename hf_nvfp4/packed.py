@@ -150,7 +150,7 @@ class PackedLinear(nn.Module):
         recipe = self.recipe
         backend = _backend(recipe, x.device)
         a, _ = cast(x, backend, row=recipe.fprop.a)
-        return multiply(a, _operand(self.quantized(), backend), backend, x.dtype, self.bias)
+        return multiply(a, backend.operand_of(self.quantized()), backend, x.dtype, self.bias)
 
     def _apply(self, fn, recurse=True):
         """Moves go through; a change of the floating-point type (`model.half()`) is the bias's alone."""
@@ -190,14 +190,6 @@ def _backend(recipe: Recipe, device: torch.device):
     """The backend of activations that are cast: "auto"'s if it takes packed weights, or the exact one."""
     chosen = backend_for("auto", recipe, device)
     return chosen if chosen in (fp4, fp4_triton) else bf16
-
-
-def _operand(q: QuantizedTensor, backend):
-    """A packed weight as a backend's operand."""
-    if backend is bf16:
-        return q
-    codes = nn.functional.pad(q.codes, (0, -q.codes.shape[1] % fp4.CODE_BYTES))
-    return fp4.Operand(codes, fp4.swizzle(q.scales), q.tensor_scale, q.cast)
 
 
 # ---------------------------------------------------------------------------- packing

@@ -402,6 +402,15 @@ class QuantizedTensor(Packed):
         """[M, K] in `dtype`, still in the rotated basis if the cast rotates. float64 multiplies without rounding."""
         return rescaled(self.values(), self.tensor_scale, dtype)
 
+    def transposed(self) -> "QuantizedTensor":
+        """[K, M] of square blocks (4-bit elements, M a multiple of the block): Q(x.T), as Q(x).T is the same."""
+        if not self.cast.square or self.cast.block_format.element.bits != 4:
+            raise ValueError(f"{self.cast} is not the same along both dimensions; cast the transposed tensor")
+        block = self.cast.block_format.block
+        codes = pack_nibbles(unpack_nibbles(self.codes).T.contiguous())
+        scales = self.scales.view(torch.uint8)[::block].T.repeat_interleave(block, 0).view(self.scales.dtype)
+        return QuantizedTensor(codes, scales, self.tensor_scale, self.cast)
+
     def __repr__(self) -> str:
         return f"QuantizedTensor({self.shape[0]}×{self.shape[1]}, {self.cast}, {self.codes.device})"
 

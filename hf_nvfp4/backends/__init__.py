@@ -8,6 +8,8 @@ A backend is a module with
                                               with zeros); None for what is not asked for. Rounding that draws
                                               draws row's seed first. keep_col: b as small as can be, to save it.
                                               signs: seed of the drawn signs of a rotation; for one of both alone.
+    operand_of(q, across) -> a                an operand [M, K] of NVFP4 codes that were cast before, a QuantizedTensor;
+                                              across: of its transpose, whose blocks are square
     multiply(a, b, dtype, bias) -> Tensor     [M, K] @ [N, K].T -> [M, N]
 An operand is a dataclass of tensors and, last, its cast; `tensors` gives the former.
 """

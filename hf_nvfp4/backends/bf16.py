@@ -128,6 +128,23 @@ def _concatenate(parts: list):
     return type(parts[0])(*joined, parts[0].cast)
 
 
+def packed(x: Tensor, cast: Cast, amax: Tensor) -> QuantizedTensor:
+    """x [M, K] as codes and scales, cast to nearest without a rotation, under the scale of a known amax (FP32 scalar).
+
+    For rows of a larger tensor, whose amax it is: the very codes of the whole.
+    """
+    if _use_kernels(x) and kernels.knows(cast):
+        outputs = kernels.ops.CODES, None, kernels.ops.NOTHING
+        return kernels.packed(*kernels.quantize(x.contiguous(), cast, *outputs, amax.reshape(1))[:3], cast)
+    return pack(quantize_rows(x, amax, None, cast), cast)
+
+
+def operand_of(q: QuantizedTensor, across: bool = False) -> Operand:
+    """The values of codes that were cast before, or their transpose."""
+    operand = _unpacked(q)
+    return Operand(operand.values.T, operand.scale, q.cast) if across else operand
+
+
 # ---------------------------------------------------------------------------- multiply
 
 def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:

@@ -142,6 +142,12 @@ def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: 
     return cast_where(_is_fp4, ours, other, x, (row, col), keep_col)
 
 
+def operand_of(q: QuantizedTensor, across: bool = False) -> Operand:
+    """Codes that were cast before, or their transpose, with scales as cuBLAS reads them."""
+    q = q.transposed() if across else q
+    return _operand([q.codes, swizzle(q.scales), q.tensor_scale], q.cast)
+
+
 # ---------------------------------------------------------------------------- the product
 
 # An operator of our own: inductor's lowering of torch's (2.13) knows neither swizzled nor two-level scales.

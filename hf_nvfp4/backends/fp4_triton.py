@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_nvfp4.backends import bf16, fp4
 from hf_nvfp4.language import Recipe
 
-cast = fp4.cast
+cast, operand_of = fp4.cast, fp4.operand_of
 
 
 def supports(recipe: Recipe, device: torch.device) -> str | None:

@@ -25,7 +25,7 @@ from hf_nvfp4.backends.operand import cast_where, finished, inner_and_outer, tra
 from hf_nvfp4.casts import Cast
 from hf_nvfp4.formats import E2M1, E4M3, E5M2
 from hf_nvfp4.language import Recipe
-from hf_nvfp4.reference import quantize_blocks
+from hf_nvfp4.reference import QuantizedTensor, quantize_blocks
 from hf_nvfp4.rounding import rescaled
 
 CAPABILITY = (8, 9)
@@ -199,6 +199,12 @@ def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: 
     """
     ours, other = partial(cast_both, signs=signs), partial(bf16.cast, signs=signs)
     return cast_where(_exact, ours, other, x, (row, col), keep_col)
+
+
+def operand_of(q: QuantizedTensor, across: bool = False) -> Operand:
+    """NVFP4 codes that were cast before as FP8 values, or their transpose."""
+    values, factor = bf16.operand_of(q, across).values, 1.0 if one_scale(q.cast) else ROUNDED_FACTOR
+    return Operand((values / factor).to(E4M3.dtype).contiguous(), None, q.tensor_scale * factor, q.cast)
 
 
 # ---------------------------------------------------------------------------- the product

@@ -50,6 +50,9 @@ def cast(x: Tensor, row: Cast | None = None, col: Cast | None = None, keep_col: 
     return operand.cast_where(_by_fp8, ours, other, x, (row, col), keep_col)
 
 
+operand_of = fp8.operand_of
+
+
 def _by_fp8(cast: Cast) -> bool:
     """Whether backend fp8 casts it: exactly, or with the kernels' rounding."""
     return fp8.one_scale(cast) or fp8.is_nvfp4(cast)

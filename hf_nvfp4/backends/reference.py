@@ -37,6 +37,11 @@ def _cast(x: Tensor, cast: Cast) -> QuantizedTensor | Operand:
     return pack(blocks, cast)
 
 
+def operand_of(q: QuantizedTensor, across: bool = False) -> QuantizedTensor:
+    """Codes that were cast before: themselves, or transposed."""
+    return q.transposed() if across else q
+
+
 def multiply(a, b, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """[M, K] @ [N, K].T in float64, rounded once to dtype."""
     product = a.dequantize(torch.float64) @ b.dequantize(torch.float64).T
