@@ -10,6 +10,7 @@ that fully_shard has split. Knows shards and hooks; what arrives is precast.py's
 """
 
 import weakref
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from hf_nvfp4.casts import Cast
 from hf_nvfp4.convert import Decision
 from hf_nvfp4.language import Recipe
 from hf_nvfp4.linear import NVFP4Layer, NVFP4Linear, converted_modules
-from hf_nvfp4.precast import CastWeight, Codes
+from hf_nvfp4.precast import CastWeight, Codes, rows_of_blocks
 from hf_nvfp4.tensor_parallel import ShardedCast
 
 # ---------------------------------------------------------------------------- which weights
@@ -39,7 +40,10 @@ def why_not_recipe(recipe: Recipe) -> str | None:
     if w.draws or w.hadamard or w.outer != "tensor":
         return f"recipe {recipe.name!r} casts the weight as {w}: only rounded to nearest, neither rotated nor by rows"
     if not recipe.from_forward and not (w.square and back == w):
-        return f"recipe {recipe.name!r} casts the weight as {w} for fprop and as {back} for dgrad, not once for both"
+        return (
+            f"recipe {recipe.name!r} casts the weight as {w} for fprop and, in the other direction, as {back} for "
+            "dgrad: not once for both"
+        )
     return None
 
 
@@ -55,7 +59,7 @@ def _why_not_weight(module: NVFP4Layer, sharded_names: set[str], name: str) -> s
         return f"its shard is offloaded to the {weight._local_tensor.device.type}"
     if not weight.requires_grad:
         return "its weight is frozen"
-    unit = module.train_recipe.fprop.b.block_format.block if module.train_recipe.fprop.b.square else 1
+    unit = rows_of_blocks(module.train_recipe.fprop.b)
     if rows % (mesh.size() * unit):
         return f"{rows} rows over {mesh.size()} ranks are not equal parts of a multiple of {unit}: a shard cuts blocks"
     return None
@@ -133,22 +137,20 @@ class _Hooks:
 
     @torch.no_grad()
     def before(self, mesh, outer_size, outer_stride, module, mp_policy) -> tuple:
-        """The shard's codes and block scales, and what all ranks know."""
+        """The shard's codes and block scales, one tensor (of several, FSDP2 gathers the first alone on one rank)."""
         x, amax = self.shard, self.amaxes.of(self.index)
         # Rounding keeps the order, so the largest magnitude rounded is that of what was rounded.
         for dtype in (mp_policy.param_dtype, self.dtype):
             if dtype is not None:
                 x, amax = x.to(dtype), amax.to(dtype)
         q = bf16.packed(x, self.cast, amax.float())
-        scales = q.scales.view(torch.uint8)
-        scales = scales[:: self.cast.block_format.block].contiguous() if self.cast.square else scales
-        return (q.codes, scales), (q.tensor_scale, x.dtype)
+        shard = Codes.of(q, x.dtype)
+        return (shard.bytes,), replace(shard, shape=tuple(outer_size))
 
     @torch.no_grad()
     def after(self, all_gather_outputs, metadata, param_dtype, *, out: CastWeight | None = None) -> tuple | None:
         """The whole weight; FSDP frees the memory of its codes, and fills it again for backward."""
-        (codes, scales), (tensor_scale, dtype) = all_gather_outputs, metadata
-        parts = Codes(codes, scales, tensor_scale, self.cast, dtype)
+        parts = replace(metadata, bytes=all_gather_outputs[0])
         if out is not None:
             vars(out.parts).update(vars(parts))
             return None

@@ -15,22 +15,37 @@ from hf_nvfp4.reference import QuantizedTensor
 
 @dataclass
 class Codes:
-    """codes: uint8 [N, K/2]; scales: E4M3 bytes, uint8 [N, K/16], of square blocks one row each, [N/16, K/16].
+    """An NVFP4 weight [N, K] in one tensor that can be cut into shards by rows of blocks, and put together again.
 
+    bytes: uint8 [N/m, m·K/2 + K/16], of each row of blocks (m = 16 if they are square, else 1) the codes of its m rows
+        and the E4M3 scale of each block.
     tensor_scale: FP32 scalar. dtype: what the weight was rounded to before it was cast.
     """
 
-    codes: Tensor
-    scales: Tensor
+    bytes: Tensor
+    shape: tuple[int, int]
     tensor_scale: Tensor
     cast: Cast
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, q: QuantizedTensor, dtype: torch.dtype) -> "Codes":
+        """A weight, or a shard of one, that was cast."""
+        m = rows_of_blocks(q.cast)
+        codes = q.codes.view(q.codes.shape[0] // m, -1)
+        return cls(torch.cat([codes, q.scales.view(torch.uint8)[::m]], 1), q.shape, q.tensor_scale, q.cast, dtype)
+
     def quantized(self) -> QuantizedTensor:
-        """The same with a square block's scale in each of its rows."""
-        fmt, scales = self.cast.block_format, self.scales
-        scales = scales.repeat_interleave(fmt.block, 0) if self.cast.square else scales
-        return QuantizedTensor(self.codes, scales.view(fmt.scale_dtype), self.tensor_scale, self.cast)
+        """The same apart."""
+        (rows, columns), m = self.shape, rows_of_blocks(self.cast)
+        codes, scales = self.bytes.split((m * columns // 2, columns // 16), 1)
+        scales = scales.repeat_interleave(m, 0).view(self.cast.block_format.scale_dtype)
+        return QuantizedTensor(codes.reshape(rows, columns // 2), scales, self.tensor_scale, self.cast)
+
+
+def rows_of_blocks(cast: Cast) -> int:
+    """How many rows a row of blocks has: a shard must not cut them."""
+    return cast.block_format.block if cast.square else 1
 
 
 class CastWeight(Tensor):
@@ -44,8 +59,7 @@ class CastWeight(Tensor):
 
     @staticmethod
     def __new__(cls, parts: Codes, dtype: torch.dtype):
-        rows, half = parts.codes.shape
-        return Tensor._make_wrapper_subclass(cls, (rows, 2 * half), dtype=dtype, device=parts.codes.device)
+        return Tensor._make_wrapper_subclass(cls, parts.shape, dtype=dtype, device=parts.bytes.device)
 
     def __init__(self, parts: Codes, dtype: torch.dtype):
         self.parts = parts
