@@ -179,13 +179,13 @@ def gather_in_4_bits(model: nn.Module, dtype: torch.dtype | None = None) -> list
     Raises:
         ValueError: a model without converted layers, or none of them can be. RuntimeError: it was run already.
     """
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    if any(state._is_root is not None for state in states):
+        raise RuntimeError("gather_in_4_bits comes before the first forward; FSDP has laid out its memory by now")
     decisions = _decide(model)
     if not any(decision.converted for decision in decisions):
         reasons = "; ".join(dict.fromkeys(decision.reason for decision in decisions))
         raise ValueError(f"no weight can be gathered in 4 bits: {reasons}. Leave gather_in_4_bits out")
-    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
-    if any(state._is_root is not None for state in states):
-        raise RuntimeError("gather_in_4_bits comes before the first forward; FSDP has laid out its memory by now")
     layers = [model.get_submodule(decision.name) for decision in decisions if decision.converted]
     shards = [layer.weight._local_tensor for layer in layers]
     amaxes = _Amaxes(shards, layers[0].weight.device_mesh.get_group().group_name)

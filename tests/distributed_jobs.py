@@ -15,6 +15,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import gather_cases
 import shard_cases
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -33,7 +34,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from hf_nvfp4 import Cast, NVFP4TrainingConfig, Recipe, quantize_model
+from hf_nvfp4 import Cast, GatherIn4Bits, NVFP4TrainingConfig, Recipe, quantize_model
 from hf_nvfp4.rounding import draw_seed
 from hf_nvfp4.runlog import SafeTrainer, publish_model
 from hf_nvfp4.tiny_configs import tiny_config
@@ -131,6 +132,44 @@ def steps(rank: int, folder: Path) -> dict:
         "fsdp2, offload": step(offloaded(), [rank]),
         "seeds": [draw_seed(cpu, torch.Generator().manual_seed(3), by_rank) for by_rank in (True, False)],
     }
+
+
+# ---------------------------------------------------------------------------- weights gathered in 4 bits
+
+
+def two_steps(model, number: int, autocast=False) -> list[dict]:
+    """A step, the optimizer's (fused, which torch does not count as writes), and another step."""
+    torch.manual_seed(7)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
+    first = step(model, [number], autocast)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return [first, step(model, [number], autocast)]
+
+
+def gather(rank: int, folder: Path) -> dict:
+    """Steps with weights gathered as ever and in 4 bits; bytes; refusals."""
+    layouts = {
+        "fp32": {},
+        "autocast": {"autocast": True, "dtype": torch.bfloat16},
+        "bf16": {"mp_policy": gather_cases.BF16},
+        "reference": {"backend": "reference"},
+        "from_forward": {"recipe": "nvfp4_qat_w4a16"},
+        "drawn": {"recipe": "nvfp4"},
+    }
+    found = {"refusals": gather_cases.refusals()}
+    for name, layout in layouts.items():
+        given = {"recipe": NEAREST, "backend": "auto", "autocast": False, "dtype": None} | layout
+        recipe, backend, autocast = given.pop("recipe"), given.pop("backend"), given.pop("autocast")
+        models = [gather_cases.sharded(llama(recipe, backend), in_4_bits, **given) for in_4_bits in (False, True)]
+        found[name] = [two_steps(model, rank, autocast) for model in models]
+    models = [gather_cases.sharded(llama(recipe), in_4_bits) for recipe, in_4_bits in BYTES.values()]
+    found["bytes"] = {name: gather_cases.traffic(m, tokens(0)) for name, m in zip(BYTES, models, strict=True)}
+    return found
+
+
+BYTES = {"plain": (NEAREST, False), "square": (NEAREST, True), "by rows": ("nvfp4_qat_w4a16", True)}
 
 
 # ---------------------------------------------------------------------------- experts
@@ -290,7 +329,11 @@ def train_fsdp2(rank: int, folder: Path) -> dict:
     publish_model(sharded, folder / "published")
     return {
         "sharded": trained(sharded),
-        "from one process": go_on(rank, folder / "sharded_1_to_2", folder / "sharded_one", **SHARDED),
+        "from one process": go_on(
+            rank, folder / "sharded_1_to_2", folder / "sharded_one", callbacks=[GatherIn4Bits()], **SHARDED
+        ),
+        "gathered": trained(train(folder / "gathered", callbacks=[GatherIn4Bits()], **SHARDED)),
+        "from gathered": go_on(rank, folder / "gathered_and_not", folder / "gathered", **SHARDED),
         "stochastic": trained_twice(folder / "fsdp2_nvfp4", **FSDP),
         "bf16": trained(train(folder / "fsdp2_bf16", bf16=True, save_strategy="no", **FSDP)),
     }
@@ -376,6 +419,7 @@ def resume_fsdp2_one(rank: int, folder: Path) -> dict:
 # How many each job has.
 JOBS = {
     steps: 2,
+    gather: 2,
     experts: 2,
     tensor_parallel: 2,
     tensor_parallel_fsdp2: 4,

@@ -110,10 +110,51 @@ def test_distributed_ranks_draw_different_numbers_and_the_same_signs(results):
     assert not torch.equal(*numbers) and torch.equal(*signs)
 
 
+# ---------------------------------------------------------------------------- weights gathered in 4 bits
+
+
+@pytest.mark.parametrize("layout", ["fp32", "autocast", "bf16", "reference", "from_forward", "drawn"])
+def test_distributed_4_bit_gather_changes_no_bit(results, layout):
+    """Before and after an optimizer step; against FSDP2 without it, which the tests above compare to one process."""
+    for result in results("gather"):
+        for plain, in_4_bits in zip(*result[layout], strict=True):
+            assert in_4_bits["losses"] == plain["losses"]
+            assert_same(in_4_bits["gradients"], plain["gradients"])
+
+
+def test_distributed_4_bit_gather_moves_a_quarter_of_the_bytes(results):
+    sizes = {name: p.numel() for name, p in llama().named_parameters()}
+    weights = sum(size for name, size in sizes.items() if "proj" in name)
+    for result in results("gather"):
+        moved = result["bytes"]
+        assert moved["plain"] == {"gathered": 4 * sum(sizes.values()), "reduced": 0}
+        for name, bits in {"square": 4 + 8 / 256, "by rows": 4 + 8 / 16}.items():
+            assert moved["plain"]["gathered"] - moved[name]["gathered"] == weights * (32 - bits) / 8
+            assert bits / 16 <= 0.32
+            assert moved[name]["reduced"] == 4 * 14  # largest magnitudes, once
+
+
+def test_distributed_4_bit_gather_says_what_it_leaves_out(results):
+    for result in results("gather"):
+        found = result["refusals"]
+        reasons = found["reasons"]
+        assert reasons["cut"].startswith("48 rows over 2 ranks are not equal parts of a multiple of 16")
+        assert reasons["frozen"] == "its weight is frozen" and reasons["tied"].endswith("twin.weight too")
+        assert "casts the weight to bf16" in reasons["bf16"] and "not once for both" in reasons["other"]
+        assert reasons.keys() == {"cut", "frozen", "tied", "bf16", "other"}
+        assert found["unsharded"].startswith("ValueError") and "not sharded by fully_shard" in found["unsharded"]
+        assert found["recipe"].startswith("ValueError") and "a recipe stays as it is" in found["recipe"]
+        assert "gather_in_4_bits(model, dtype=torch.bfloat16)" in found["dtype"]
+        assert found["late"].startswith("RuntimeError") and "before the first forward" in found["late"]
+        assert found["read"].startswith("TypeError")
+
+
 # ---------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("job, run", [("train_ddp", "nearest"), ("train_fsdp2", "sharded")])
+@pytest.mark.parametrize(
+    "job, run", [("train_ddp", "nearest"), ("train_fsdp2", "sharded"), ("train_fsdp2", "gathered")]
+)
 def test_distributed_training_is_that_of_one_process(results, job, run):
     """Four steps of AdamW; Trainer's losses, and the weights."""
     (expected,) = results("train_one")
@@ -136,7 +177,8 @@ def test_distributed_training_resumes_to_the_bit_with_stochastic_rounding(result
         ("resume_one", "ddp"),
         ("train_ddp", "from one process"),
         ("resume_fsdp2_one", "sharded"),
-        ("train_fsdp2", "from one process"),
+        ("train_fsdp2", "from one process"),  # gathers in 4 bits what was saved by one that did not
+        ("train_fsdp2", "from gathered"),  # the other way round
     ],
 )
 def test_distributed_training_goes_on_with_another_number_of_processes(results, job, run):
