@@ -120,7 +120,14 @@ class _Amaxes:
             self.ready = torch.cuda.current_stream().record_event() if self.found.is_cuda else None
         if self.ready is not None:
             self.ready.wait()  # FSDP may have gathered another weight on another stream
+            _read_here(self.found)
         return self.found[index]
+
+
+def _read_here(x: Tensor) -> None:
+    """Keep the memory of a tensor that was made on another stream until the current one has read it."""
+    if x.is_cuda:
+        x.record_stream(torch.cuda.current_stream())
 
 
 class _Hooks:
@@ -151,6 +158,7 @@ class _Hooks:
     def after(self, all_gather_outputs, metadata, param_dtype, *, out: CastWeight | None = None) -> tuple | None:
         """The whole weight; FSDP frees the memory of its codes, and fills it again for backward."""
         parts = replace(metadata, bytes=all_gather_outputs[0])
+        _read_here(parts.tensor_scale)
         if out is not None:
             vars(out.parts).update(vars(parts))
             return None
@@ -166,8 +174,8 @@ def gather_in_4_bits(model: nn.Module, dtype: torch.dtype | None = None) -> list
 
     Call it on every rank, after fully_shard and before the first forward. From then on a layer's recipe must stay as it
     is; a layer that casts its weight otherwise, or in another dtype, is an error in its forward. Writes into weights
-    that torch does not count (`weight.data`), other than those of a torch optimizer, are not seen. Not in compiled
-    models.
+    that torch does not count (`weight.data`), other than those of a torch optimizer, are not seen. In a
+    compiled model each such layer breaks the graph and runs eagerly.
 
     Args:
         dtype: in which the layers compute: autocast's, where it is on. None: that of MixedPrecisionPolicy's
