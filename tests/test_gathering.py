@@ -17,12 +17,18 @@ def same(a, b) -> bool:
     return a.cast == b.cast and all(x.float().equal(y.float()) for x, y in zip(*tensors, strict=True))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("how", [SQUARE, HOPPER, ROWS], ids=str)
+def same_values(a, b) -> bool:
+    return a.dequantize(torch.float64).equal(b.dequantize(torch.float64))
+
+
+# Backend fp8 refuses recipes whose weights are not exactly FP8 values.
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, how) for name in BACKENDS for how in (SQUARE, HOPPER, ROWS) if name != "fp8" or how is HOPPER],
+    ids=str,
+)
 def test_a_backends_operands_of_shards_are_those_of_the_weight(name, how, device, monkeypatch):
     """Cast by the kernels, by rows of two processes, put together, in both directions."""
-    if name == "fp8" and how.scale_rule != "fp8_exact":
-        return  # BF16's, in a recipe that this backend refuses
     monkeypatch.setattr(bf16, "KERNEL_DEVICES", {device.type})
     backend, w = BACKENDS[name], torch.randn(64, 48, device=device)
     shards = [Codes.of(bf16.packed(rows, how, w.abs().amax()), w.dtype) for rows in w.chunk(2)]
@@ -33,7 +39,3 @@ def test_a_backends_operands_of_shards_are_those_of_the_weight(name, how, device
     found, expected = weight.operands(backend, torch.float32, how, col), backend.cast(w, how, col)
     pairs = zip(found, expected, strict=True)
     assert all(a is b is None or same_values(a, b) and (name == "bf16" or same(a, b)) for a, b in pairs)
-
-
-def same_values(a, b) -> bool:
-    return a.dequantize(torch.float64).equal(b.dequantize(torch.float64))
